@@ -1,0 +1,32 @@
+"""What a machine is built from: the command line fills this in, kvm.machine reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .chardev import CharBackend
+    from .memory import HostMemory
+
+
+@dataclass
+class MachineConfig:
+    """A microvm in plain words; sizes in bytes."""
+
+    ram_size: int = 128 << 20
+    cpus: int = 1
+    max_cpus: int = 1
+    bios: str = ""  # path of the firmware image, a multiple of 64 KiB long
+    cpu_model: str = "qemu64"
+    cpu_features: dict[str, bool] = field(default_factory=dict)  # "pni": False, …
+    ram_backend: HostMemory | None = None  # from -object memory-backend-*; None: anonymous memory of ram_size
+    ram_idstr: str = "microvm.ram"  # name of the main RAM block on the wire
+    kernel_irqchip: str = "split"  # "on" or "split", as on the command line; both run in the kernel here
+    isa_serial: bool = True
+    serial: CharBackend | None = None  # back end of the serial port
+    vapic: bool = True  # the kvm-tpr-opt section exists
+    uuid: bytes | None = None  # 16 bytes
+    name: str | None = None
+    incoming: bool = False  # memory stays empty: the stream fills it, the firmware too
+    manual_dirty_log: bool = True  # KVM_CLEAR_DIRTY_LOG where the kernel has it

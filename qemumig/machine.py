@@ -1,0 +1,87 @@
+"""What a migration asks of a virtual machine, as Protocols: anything of this shape can be migrated.
+
+`kvm/` fulfils them with a real machine, the tests with a fake one.  Nothing in qemumig knows more of either.
+
+Threads   A migration calls from its own thread.  `stop` and `start` may be called from any thread; the rest is
+          called by one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .qapi import RunState
+from .ram.block import RAMBlock
+from .savevm.vmstate import VMState
+
+
+class DirtyLog(Protocol):
+    """The hypervisor's record of which pages the guest has written, and its write protection.
+
+    With `manual_clear`, `fetch` leaves the pages writable and reports them again until `clear` has protected
+    them anew: clear a page *before* its bytes are read, or a write in between is lost.  Without it `fetch`
+    itself clears, and `clear` does nothing.
+    """
+
+    manual_clear: bool
+
+    def start(self) -> None:
+        """Begin to log writes to all of RAM."""
+
+    def fetch(self, block: RAMBlock, words: memoryview) -> None:
+        """OR the pages of *block* written since they were last cleared into *words*.
+
+        *words*: writable uint64 (format "Q"), bit k of word w is target page 64 w + k; at least
+        ceil(pages / 64) words.  Bits that are set already stay set.
+        """
+
+    def clear(self, block: RAMBlock, first_page: int, page_count: int) -> None:
+        """Protect the pages that the last `fetch` reported in [first_page, first_page + page_count) again.
+
+        *first_page* is a multiple of 64, *page_count* too unless the range ends with the block.
+        """
+
+    def stop(self) -> None:
+        """End logging; pages become writable without a trace."""
+
+
+@dataclass(frozen=True)
+class DeviceSection:
+    """A piece of device state with an identity on the wire (stream.md §3.2)."""
+
+    idstr: str
+    instance_id: int
+    vmstate: VMState
+
+
+class Machine(Protocol):
+    """A virtual machine that can be migrated."""
+
+    machine_type: str  # the name in the configuration section, e.g. "microvm"
+    uuid: bytes | None  # 16 bytes, or None when the user set none
+    ram_blocks: Sequence[RAMBlock]
+    dirty_log: DirtyLog
+
+    @property
+    def runstate(self) -> RunState:
+        """What the machine is doing now."""
+
+    def stop(self, state: RunState) -> None:
+        """Stop every vCPU and enter *state*; returns when none of them runs any more."""
+
+    def start(self) -> None:
+        """Let the vCPUs run: RunState.RUNNING."""
+
+    def set_runstate(self, state: RunState) -> None:
+        """Rename the state of a machine that is stopped (finish-migrate → postmigrate, …)."""
+
+    def sections(self) -> Sequence[DeviceSection]:
+        """Every device section this machine can send or take, in the order in which QEMU sends them."""
+
+    def save_device_state(self) -> Sequence[tuple[DeviceSection, Any]]:
+        """The state of all devices of the stopped machine, as records of their vmstates, in that order."""
+
+    def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
+        """Put loaded records into effect, all at once; the machine is stopped.  A record is used once."""

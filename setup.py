@@ -1,0 +1,45 @@
+"""Build: every .pyx under qemumig/ becomes one extension module; all else is in pyproject.toml.
+
+    QEMUMIG_DEBUG=1    bounds and overflow checks on, `if DEBUG:` truths compiled in, no optimisation
+
+Compiler directives live here and not on top of files, so that one switch reaches every room.
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("QEMUMIG_DEBUG", "") not in ("", "0")
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "cdivision": not DEBUG,
+    "initializedcheck": DEBUG,
+    "overflowcheck": DEBUG,
+    "embedsignature": True,
+}
+
+
+def extension(path: Path) -> Extension:
+    return Extension(
+        ".".join(path.with_suffix("").parts),
+        [str(path)],
+        define_macros=[("QEMUMIG_DEBUG", "1" if DEBUG else "0"), ("_GNU_SOURCE", "1")],
+        extra_compile_args=["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-plt"],
+    )
+
+
+sources = sorted(Path("qemumig").rglob("*.pyx"))
+setup(
+    ext_modules=cythonize(
+        [extension(path) for path in sources],
+        compiler_directives=DIRECTIVES,
+        build_dir=os.environ.get("QEMUMIG_BUILD", ".venv/build"),
+        nthreads=os.cpu_count() or 1,
+        force=DEBUG,
+    )
+)
