@@ -85,3 +85,6 @@ class Machine(Protocol):
 
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Put loaded records into effect, all at once; the machine is stopped.  A record is used once."""
+
+    def discard_ram(self) -> None:
+        """Forget all guest memory after a load that failed: every block reads as zeroes again, if it is private."""

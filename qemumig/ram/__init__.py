@@ -1,0 +1,16 @@
+"""Pages: which ones are dirty, which comes next, how one leaves and how it arrives.
+
+    block     RAMBlock: a named piece of guest RAM
+    bitmap    words and bits: one bit a target page
+    dirty     bitmap sync: the hypervisor's log into the migration bitmap
+    save      the walk over the bitmap: one page after the other into the stream, by reference
+    load      records from the stream straight into guest RAM
+
+Truths that cross rooms:
+
+ 1. A page's dirty bit is cleared, and its chunk protected again, *before* its bytes are read; a write in between
+    makes it dirty again.
+ 2. Two versions of one page never fly on two channels without a sync between them.
+ 3. Guest pages never become Python objects: they go from guest RAM to the socket by `writev` and from the socket to
+    guest RAM by `readv`, without the GIL.
+"""

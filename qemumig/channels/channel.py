@@ -1,0 +1,114 @@
+"""Channel: the descriptors of one connection, and QuitEvent: the alarm that ends all waiting on them.
+
+Threads   the thread that owns the channel reads, writes and closes it.  `shutdown` and `QuitEvent.set` may come from any
+          thread at any time before `close`; they wake the owner and never block.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+
+from ..errors import MigrationCancelled
+
+
+class QuitEvent:
+    """An eventfd that stays readable once it is set; every wait of a migration includes it."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._set = False
+
+    def set(self) -> None:
+        """Wake everybody who waits, now and later."""
+        self._set = True
+        if self.fd >= 0:
+            os.eventfd_write(self.fd, 1)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+def wait_ready(fd: int, events: int, quit_fd: int) -> None:
+    """Sleep until *fd* has one of *events* (select.POLLIN, …); MigrationCancelled when told to quit instead."""
+    poll = select.poll()
+    poll.register(fd, events)
+    poll.register(quit_fd, select.POLLIN)
+    ready = dict(poll.poll())
+    if quit_fd in ready:
+        raise MigrationCancelled("the migration was cancelled")
+
+
+class Channel:
+    """One connection.
+
+    *kind* is QEMU's word for messages ("socket", "command", "file"), *name* says which one.  *can_return*: bytes flow in
+    both directions, so that a return path is possible.  *stored*: bytes wait in a file, nobody acts on them as they come.
+    """
+
+    stored = False
+
+    def __init__(
+        self, kind: str, name: str, read_fd: int, write_fd: int, quit_fd: int, *, can_return: bool
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+        self.quit_fd = quit_fd
+        self.can_return = can_return
+        for fd in {read_fd, write_fd} - {-1}:
+            os.set_blocking(fd, False)
+
+    def shutdown(self) -> None:
+        """End both directions; the peer sees the end of the stream.  Without effect where there is no such thing."""
+
+    def finish(self) -> None:
+        """Say that nothing more will be written, as far as the transport can; reading goes on."""
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in {self.read_fd, self.write_fd} - {-1}:
+            os.close(fd)
+        self.read_fd = self.write_fd = -1
+
+
+class SocketChannel(Channel):
+    """A connected stream socket; it belongs to the channel."""
+
+    def __init__(self, name: str, sock: socket.socket, quit_fd: int) -> None:
+        super().__init__("socket", name, sock.fileno(), sock.fileno(), quit_fd, can_return=True)
+        self._socket = sock
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _shutdown(self, how: int) -> None:
+        try:
+            self._socket.shutdown(how)
+        except OSError:
+            pass  # the peer was faster: there is nothing left to end
+
+    def shutdown(self) -> None:
+        self._shutdown(socket.SHUT_RDWR)
+
+    def finish(self) -> None:
+        self._shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._socket.close()
+        self.read_fd = self.write_fd = -1
+
+
+def channel_from_fd(name: str, fd: int, quit_fd: int) -> Channel:
+    """A channel over a descriptor that somebody else opened: a socket, a pipe or a file.  It belongs to the channel."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):
+        return SocketChannel(name, socket.socket(fileno=fd), quit_fd)
+    return Channel("file", name, fd, fd, quit_fd, can_return=False)

@@ -1,0 +1,248 @@
+"""IncomingMigration: the destination as a monitor drives it, and the thread that takes the guest in.
+
+    listen ─▶ accept ─▶ load ─▶ put device state into effect ─▶ SHUT 0 ─▶ start the guest ─▶ completed
+                         │
+                         └─▶ failed: SHUT 1, memory discarded; nothing ever ran here
+
+The word to the source comes before the first instruction of the guest, and the channel stays open until then: a source
+that sees the connection end without that word knows that nothing runs here (state-machine.md §5).  When the word cannot be
+sent, the guest is kept, stopped, and a person decides.
+
+Threads   the control loop's thread calls `listen`, `query`, `close`; `mig/dst/main` does the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ..channels.address import Address
+from ..channels.channel import Channel, QuitEvent
+from ..channels.connect import Listener, incoming
+from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError
+from ..machine import Machine
+from ..options import MigrationOptions
+from ..qapi import MigrationStatus, RunState
+from ..savevm import commands
+from ..states import DESTINATION, StatusMachine
+from ..threads import start_thread
+from ..wire.stream import InputStream, OutputStream
+from .loader import StreamLoader
+
+Emit = Callable[[str, dict[str, Any] | None], None]
+
+
+class IncomingMigration:
+    """Incoming migration of *machine*, which waits in runstate `inmigrate`.
+
+    *autostart*: whether the guest may start when the source's was running.  *on_failure* is called in the loading thread,
+    with a sentence, when a load failed that was to end the process.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        options: MigrationOptions,
+        *,
+        emit: Emit,
+        take_fd: Callable[[str], int],
+        autostart: bool = True,
+        on_failure: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._machine = machine
+        self._options = options
+        self._emit = emit
+        self._take_fd = take_fd
+        self._on_failure = on_failure
+        self._states = StatusMachine(DESTINATION, self._announce)
+        self._lock = threading.Lock()  # guards autostart against the moment of the start
+        self._autostart = autostart
+        self._exit_on_error = True
+        self._quit: QuitEvent | None = None
+        self._listener: Listener | None = None
+        self._channel: Channel | None = None
+        self._answers: OutputStream | None = None  # the return path, once it is open
+        self._thread: threading.Thread | None = None
+        self.error: MigrationError | None = None
+
+    # ---- for the monitor ----
+
+    @property
+    def status(self) -> MigrationStatus:
+        return self._states.status
+
+    def listen(self, address: Address, *, exit_on_error: bool = True) -> None:
+        """Bind *address* and wait for the source there, in a thread.
+
+        Raises StateError when an incoming migration was started before and did not fail, or when the machine does not
+        wait for one; ChannelError when the address cannot be bound.
+        """
+        if self._machine.runstate is not RunState.INMIGRATE:
+            raise StateError("'-incoming' was not specified on the command line", state=self._machine.runstate)
+        if self._states.status not in (MigrationStatus.NONE, MigrationStatus.FAILED):
+            raise StateError("The incoming migration has already been started", state=self._states.status)
+        self._join()
+        quit_event = QuitEvent()
+        try:
+            self._listener = incoming(address, quit_event.fd, self._take_fd)
+        except MigrationError:
+            quit_event.close()
+            raise
+        self._quit = quit_event
+        self._exit_on_error = exit_on_error
+        self.error = None
+        self._states.advance_from_any(MigrationStatus.SETUP)
+        self._thread = start_thread("mig/dst/main", self._run)
+
+    def set_autostart(self, autostart: bool) -> None:
+        """Whether the guest starts when it has arrived; `stop` and `cont` set this while it is on its way."""
+        with self._lock:
+            self._autostart = autostart
+
+    def query(self) -> dict[str, Any]:
+        """What query-migrate shows of this side; empty when nothing was ever listened for."""
+        status = self._states.status
+        if status is MigrationStatus.NONE:
+            return {}
+        info: dict[str, Any] = {"status": status.value}
+        listener = self._listener
+        addresses = listener.socket_addresses() if listener is not None else []
+        if addresses:
+            info["socket-address"] = addresses
+        if self.error is not None:
+            info["error-desc"] = str(self.error)
+        return info
+
+    def close(self) -> None:
+        """End whatever runs and join its thread; the process is about to exit."""
+        self._exit_on_error = False
+        if self._quit is not None:
+            self._quit.set()
+        self._join()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        try:
+            self._take_guest()
+        except MigrationCancelled as error:
+            self._fail(error)
+        except MigrationError as error:
+            self._fail(error)
+        except Exception as error:  # a defect of ours: the source must hear that nothing runs here
+            self._fail(MigrationError(f"internal error while loading: {error!r}"))
+            raise
+        finally:
+            self._clean_up()
+        if self.error is not None and self._exit_on_error:
+            self._on_failure(f"load of migration failed: {self.error}")
+
+    def _take_guest(self) -> None:
+        assert self._listener is not None
+        self._channel = self._listener.accept()
+        self._listener.close()
+        self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
+        loader = StreamLoader(
+            self._machine,
+            self._options,
+            InputStream(self._channel),
+            open_return_path=self._open_return_path,
+            pong=self._pong,
+            look_round=self._look_round,
+        )
+        loader.load()
+        self._machine.load_device_state(loader.staged)
+        if loader.description_missing:
+            print("migration: the stream ends without a description of its device state", file=sys.stderr)
+        told = self._tell_source()
+        self._start_guest(loader.runstate, told)
+        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
+
+    def _look_round(self) -> None:
+        assert self._quit is not None
+        if self._quit.is_set():
+            raise MigrationCancelled("the process ends")
+
+    def _open_return_path(self) -> None:
+        assert self._channel is not None
+        if self._answers is not None:
+            return  # the source asked twice: it is open
+        if not self._channel.can_return:
+            raise ChannelError(
+                f"the source asks for a return path, {self._channel.kind} '{self._channel.name}' has none: "
+                f"use a socket, or switch off capability 'return-path' on the source",
+                channel=self._channel.name,
+            )
+        self._answers = OutputStream(self._channel)
+
+    def _pong(self, value: int) -> None:
+        if self._answers is None:
+            raise ChannelError(f"the source sent PING {value:#x} before it had opened the return path")
+        self._answer(commands.Pong(value))
+
+    def _answer(self, message: commands.ReturnMessage) -> None:
+        assert self._answers is not None
+        self._answers.write(commands.encode_return_message(message))
+        self._answers.flush()
+
+    def _tell_source(self) -> bool:
+        """Say that the guest is taken; False when that could not be said."""
+        if self._answers is None:
+            return True  # the source does not wait for a word
+        try:
+            self._answer(commands.Shut(0))
+        except ChannelError as error:
+            self.error = ChannelError(
+                f"the connection was lost before the source could be told that the guest is here ({error}): "
+                f"the guest is complete and stays stopped; make sure that it does not run at the source, then use 'cont'"
+            )
+            print(f"migration: {self.error}", file=sys.stderr)
+            self._exit_on_error = False
+            return False
+        return True
+
+    def _start_guest(self, source_runstate: RunState | None, told: bool) -> None:
+        """Enter the run state that the source's was in (state-machine.md §5)."""
+        state = source_runstate or RunState.RUNNING
+        with self._lock:
+            if state is not RunState.RUNNING:
+                self._machine.set_runstate(state)
+            elif self._autostart and told:
+                self._machine.start()
+            else:
+                self._machine.set_runstate(RunState.PAUSED)
+
+    def _fail(self, error: MigrationError) -> None:
+        self.error = error
+        if self._answers is not None:
+            try:
+                self._answer(commands.Shut(1))
+            except (ChannelError, MigrationCancelled):
+                pass  # the end of the connection says the same
+        self._machine.discard_ram()
+        self._states.advance_from_any(MigrationStatus.FAILED)
+
+    def _clean_up(self) -> None:
+        assert self._quit is not None
+        self._quit.set()
+        self._answers = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._quit is not None:
+            self._quit.close()
+            self._quit = None
+
+    def _announce(self, status: MigrationStatus) -> None:
+        if self._options.capability("events"):
+            self._emit("MIGRATION", {"status": status.value})

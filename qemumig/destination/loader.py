@@ -1,0 +1,139 @@
+"""StreamLoader: the elements of a stream, one after the other (stream.md §2, §3, §6).
+
+    header, configuration, { section | command }, EOF, description
+              ram sections ─▶ guest RAM, by RamLoader
+              device state ─▶ records, staged until the whole stream is there
+
+Threads   one, for the life of the loader.
+Holds     (1) every length, id, name and version is checked before use; the first that is wrong ends the load
+          (2) device state has no effect: `staged` is handed over when everything is read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import StreamError
+from ..machine import DeviceSection, Machine
+from ..options import MigrationOptions
+from ..qapi import RunState
+from ..ram import live
+from ..ram.load import RamLoader
+from ..savevm import commands, sections
+from ..savevm.devices.globalstate import GLOBALSTATE
+from ..savevm.sections import SectionEntry, SectionTable
+from ..wire.format import SectionType
+from ..wire.stream import InputStream
+
+WITH_IDENTITY = (SectionType.QEMU_VM_SECTION_START, SectionType.QEMU_VM_SECTION_FULL)
+SECTIONS = (*WITH_IDENTITY, SectionType.QEMU_VM_SECTION_PART, SectionType.QEMU_VM_SECTION_END)
+GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
+
+
+class StreamLoader:
+    """Loads one stream into *machine*.
+
+    *open_return_path* is called when the source asks for it, *pong* answers its pings; *look_round* is called now and
+    then and may raise to end the load.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        options: MigrationOptions,
+        stream: InputStream,
+        *,
+        open_return_path: Callable[[], None],
+        pong: Callable[[int], None],
+        look_round: Callable[[], None],
+    ) -> None:
+        self._machine = machine
+        self._options = options
+        self._stream = stream
+        self._open_return_path = open_return_path
+        self._pong = pong
+        self._look_round = look_round
+        self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
+        self.ram = RamLoader(stream, machine.ram_blocks)
+        self.staged: list[tuple[DeviceSection, Any]] = []
+        self.runstate: RunState | None = None  # of the source, as its section globalstate says
+        self.description_missing = False
+
+    def _entries(self) -> list[SectionEntry[DeviceSection | None]]:
+        """What this machine can take; `ram` belongs to no device."""
+        entries: list[SectionEntry[DeviceSection | None]] = [
+            SectionEntry(live.IDSTR, live.INSTANCE_ID, live.VERSION_ID, None, live.VERSION_ID)
+        ]
+        for section in (*self._machine.sections(), GLOBALSTATE_SECTION):
+            vmstate = section.vmstate
+            entries.append(
+                SectionEntry(section.idstr, section.instance_id, vmstate.version_id, section, vmstate.oldest_version)
+            )
+        return entries
+
+    def load(self) -> None:
+        """Read the stream to its end; StreamError, ChannelError or MigrationCancelled when that is not possible."""
+        sections.read_file_header(self._stream)
+        if self._options.migration_property("send-configuration"):
+            received = sections.read_configuration(self._stream)
+            sections.check_configuration(received, machine_type=self._machine.machine_type, uuid=self._machine.uuid)
+        while self._load_element():
+            self._look_round()
+        self.description_missing = sections.skip_vmdescription(self._stream) is None
+
+    def _load_element(self) -> bool:
+        """Load one section or command; False after the end mark."""
+        offset = self._stream.offset
+        kind = self._stream.read_u8("the type of the next section")
+        if kind == SectionType.QEMU_VM_EOF:
+            return False
+        if kind in SECTIONS:
+            self._load_section(kind, offset)
+        elif kind == SectionType.QEMU_VM_COMMAND:
+            self._load_command(offset)
+        else:
+            raise StreamError(
+                f"offset {offset:#x}: section type {kind:#04x} found, "
+                f"expected START (0x01), PART (0x02), END (0x03), FULL (0x04), COMMAND (0x08) or the end (0x00)",
+                offset=offset,
+            )
+        return True
+
+    def _load_section(self, kind: int, offset: int) -> None:
+        header = sections.read_section_header(self._stream, kind)
+        if kind in WITH_IDENTITY:
+            bound = self._table.bind(header, offset)
+        else:
+            bound = self._table.lookup(header.section_id, offset)
+        section = bound.entry.owner
+        if section is None:
+            self.ram.load_body(self._look_round)
+        elif kind in WITH_IDENTITY:
+            self._stage(section, bound.version_id)
+        else:
+            text = f"section '{section.idstr}' at {offset:#x} is device state, it cannot come in parts"
+            raise StreamError(text, offset=offset, section=section.idstr)
+        if self._options.migration_property("send-section-footer"):
+            sections.read_section_footer(self._stream, header.section_id, bound.entry.idstr)
+
+    def _stage(self, section: DeviceSection, version_id: int) -> None:
+        """Load device state into a record of its own; the last one of a section wins."""
+        record = section.vmstate.load(self._stream, version_id, section=section.idstr, instance_id=section.instance_id)
+        if section is GLOBALSTATE_SECTION:
+            self.runstate = record.state
+            return
+        self.staged = [entry for entry in self.staged if entry[0] is not section]
+        self.staged.append((section, record))
+
+    def _load_command(self, offset: int) -> None:
+        command = commands.read_command(self._stream)
+        if isinstance(command, commands.OpenReturnPath):
+            self._open_return_path()
+        elif isinstance(command, commands.Ping):
+            self._pong(command.value)
+        elif not isinstance(command, commands.SwitchoverStart):  # which no device here waits for
+            raise StreamError(
+                f"command {type(command).__name__} at {offset:#x} belongs to a feature that is not built in this version",
+                offset=offset,
+            )

@@ -1,0 +1,23 @@
+"""DirtyPages for compiled rooms: what of every block still has to be sent."""
+
+from libc.stdint cimport uint8_t, uint64_t
+
+cdef struct PageBlock:
+    uint8_t *host                 # address of page 0
+    uint64_t pages                # target pages in use
+    uint64_t *dirty               # one bit a page: must be sent
+    uint64_t *unprotected         # one bit a chunk: the log was read, the pages are still writable without a trace
+
+
+cdef class DirtyPages:
+    cdef readonly list blocks         # RAMBlock, in the order of the walk
+    cdef readonly list bitmaps        # Bitmap of each block
+    cdef list chunks                  # Bitmap of each block's unprotected chunks
+    cdef readonly object log          # the machine's DirtyLog
+    cdef PageBlock *table             # the same for engines
+    cdef int block_count
+    cdef readonly int chunk_shift     # log2 of the pages in a chunk
+    cdef readonly uint64_t remaining  # bits that are set, all blocks together
+    cdef readonly uint64_t sync_count
+    cdef readonly uint64_t synced_pages    # dirty after the last sync
+    cdef readonly uint64_t new_pages       # found dirty by syncs that were clean before, since the beginning

@@ -1,0 +1,29 @@
+from collections.abc import Iterable
+
+from ..machine import DirtyLog
+from .bitmap import Bitmap
+from .block import RAMBlock
+
+CHUNK_SHIFT: int
+"""log2 of the target pages that are protected again at once, unless told otherwise."""
+
+class DirtyPages:
+    """What still has to be sent of *blocks*: every page at first.
+
+    *chunk_shift*: log2 of the target pages that are protected again at once, clamped to 6 … 31
+    (`x-clear-bitmap-shift`, ram.md §5).  Counts are in target pages.
+    """
+
+    blocks: list[RAMBlock]
+    bitmaps: list[Bitmap]
+    log: DirtyLog
+    chunk_shift: int
+    remaining: int
+    sync_count: int
+    synced_pages: int
+    new_pages: int
+    def __init__(self, blocks: Iterable[RAMBlock], log: DirtyLog, chunk_shift: int = ...) -> None: ...
+    def sync(self) -> int:
+        """Fetch the machine's log into the bitmaps; returns how many pages are newly dirty."""
+    def protect_chunk(self, block_index: int, page: int) -> None:
+        """Let the machine protect the chunk around *page* again."""

@@ -1,0 +1,86 @@
+"""Bitmap sync: the hypervisor's dirty log into the migration bitmap, and chunked re-protection (ram.md §5, §8).
+
+    machine's log ──fetch──▶ dirty bitmap ──walk──▶ pages to send
+                              chunk bits  ──first page of a chunk──▶ clear: protect the chunk again
+
+A sync copies the log and leaves the pages writable, where the hypervisor can do that; protecting a chunk again waits
+until just before its first page is sent.  A page written in between is sent once instead of twice, and a large guest
+is not stopped by one long walk over its page tables.
+
+Threads   the migration thread only; `remaining` and the counters may be read by anyone.
+Holds     (1) `remaining` is the number of bits that are set
+          (2) a chunk whose bit is set here is protected before a page of it is read
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from .bitmap cimport Bitmap, count_set, word_count
+from .block cimport RAMBlock
+from ..wire.format cimport TARGET_PAGE_SIZE
+
+# Chunks of 64 MiB: small enough to be protected in well under a millisecond, large enough to be rare.
+CHUNK_SHIFT = 14
+CHUNK_SHIFT_MIN = 6
+CHUNK_SHIFT_MAX = 31
+
+
+cdef class DirtyPages:
+    """What still has to be sent of *blocks*: every page at first.
+
+    *log* is the machine's DirtyLog.  *chunk_shift*: log2 of the target pages that are protected again at once,
+    clamped to 6 … 31 as QEMU does with `x-clear-bitmap-shift`.
+    """
+
+    def __cinit__(self, blocks, log, int chunk_shift=CHUNK_SHIFT):
+        cdef RAMBlock block
+        cdef Bitmap bitmap, chunks
+        cdef int index
+        self.log = log
+        self.blocks = list(blocks)
+        self.chunk_shift = min(max(chunk_shift, CHUNK_SHIFT_MIN), CHUNK_SHIFT_MAX)
+        self.block_count = len(self.blocks)
+        self.bitmaps = []
+        self.chunks = []
+        self.table = <PageBlock *> calloc(max(self.block_count, 1), sizeof(PageBlock))
+        if self.table == NULL:
+            raise MemoryError("no memory for the list of RAM blocks")
+        for index in range(self.block_count):
+            block = self.blocks[index]
+            bitmap = Bitmap(block.used_length // TARGET_PAGE_SIZE)
+            bitmap.set_all()
+            chunks = Bitmap((bitmap.bits >> self.chunk_shift) + 1)
+            self.bitmaps.append(bitmap)
+            self.chunks.append(chunks)
+            self.table[index].host = <uint8_t *> block.host_address
+            self.table[index].pages = bitmap.bits
+            self.table[index].dirty = bitmap.words
+            self.table[index].unprotected = chunks.words
+            self.remaining += bitmap.bits
+
+    def __dealloc__(self):
+        free(self.table)
+
+    def sync(self):
+        """Fetch the machine's log into the bitmaps; returns the pages that are newly dirty."""
+        cdef uint64_t before = self.remaining, total = 0
+        cdef Bitmap bitmap, chunks
+        for block, bitmap, chunks in zip(self.blocks, self.bitmaps, self.chunks):
+            self.log.fetch(block, memoryview(bitmap))
+            if self.log.manual_clear:
+                chunks.set_all()
+            total += count_set(bitmap.words, bitmap.bits)
+        self.remaining = total
+        self.synced_pages = total
+        self.new_pages += total - before
+        self.sync_count += 1
+        return total - before
+
+    def protect_chunk(self, int block_index, uint64_t page):
+        """Let the machine protect the chunk around *page* again; what it logged there is in the bitmap already."""
+        cdef Bitmap chunks = self.chunks[block_index]
+        cdef uint64_t chunk = page >> self.chunk_shift
+        cdef uint64_t first = chunk << self.chunk_shift
+        cdef uint64_t count = min(<uint64_t> 1 << self.chunk_shift, self.table[block_index].pages - first)
+        chunks.clear(chunk)
+        self.log.clear(self.blocks[block_index], first, count)

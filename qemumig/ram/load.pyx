@@ -1,0 +1,369 @@
+"""Records from the stream straight into guest RAM (ram.md §2–§4).
+
+In    records on an InputStream: heads, names, fill bytes, pages
+Out   guest RAM; which pages have been received
+
+A page that lies in the stream's buffer is copied.  When the buffer runs dry in a page, the rest is read straight into
+guest RAM, and so are the pages that *probably* follow: most often a head is "the next page, in full, same block".
+
+    guess   [rest of page n → guest][head → aside][page n+1 → guest][head → aside][page n+2 → guest] …
+
+The heads are checked afterwards.  Where one is not what was guessed, the bytes behind it are taken back out of guest RAM
+into the buffer and parsed as usual, and the pages they had landed in become zero again.  That is only right for pages
+that nobody has written yet, so only those are ever guessed: never received, in a block that is `fresh`.
+
+Threads   one thread at a time per loader; no GIL inside.
+Holds     (1) no byte of a peer is used as an offset, a length or a name before it was checked
+          (2) a page is written only at the word of a record for it; after a wrong guess it reads as zero again
+          (3) zeroes are not written to a page that reads as zero: memory that is untouched stays unpopulated
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from ..encode.zero cimport is_zero
+from ..errors import StreamError
+from ..wire.format cimport (
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_EOS,
+    RAM_SAVE_FLAG_MEM_SIZE,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_ZERO,
+    TARGET_PAGE_SIZE,
+)
+from ..wire.stream cimport STREAM_OK, InputStream, get_be64, iovec, put_be64
+from .bitmap cimport Bitmap, clear_run, set_bit, test_bit
+from .block cimport RAMBlock
+
+from ..wire.format import RamSaveFlag
+
+cdef enum LoadStatus:
+    LOAD_EOS = 0                  # the section's body is over
+    LOAD_PAUSE = 1                # many records done, more to come: the caller has a look round
+    LOAD_OTHER = 2                # a head that the caller handles
+    LOAD_STREAM = 3               # the stream ended or failed
+    LOAD_NO_BLOCK = 4             # CONTINUE before any name
+    LOAD_BAD_NAME = 5             # no such block
+    LOAD_BAD_OFFSET = 6           # past the block's end
+    LOAD_BAD_FILL = 7             # a fill byte that is not zero
+
+cdef enum:
+    RECORDS_AT_A_TIME = 32768     # then the caller looks round, as QEMU's loader does
+    GUESS_LIMIT = 128             # pages: the whole guess fits into the stream's buffer
+    HEAD = 8
+
+cdef struct LoadBlock:
+    uint8_t *host
+    uint64_t pages
+    uint64_t *received
+    bint fresh
+    size_t name_length
+    const uint8_t *name
+
+
+cdef class RamLoader:
+    """Loads RAM records from *stream* into *blocks*; see load.pyi."""
+
+    cdef readonly InputStream stream
+    cdef readonly list blocks
+    cdef readonly list received       # Bitmap of each block
+    cdef list names
+    cdef LoadBlock *table
+    cdef int block_count
+    cdef int last_block               # of the previous record on this stream; −1: none yet
+    cdef int guess                    # how many pages to guess next time
+    cdef uint64_t head                # of the record at hand …
+    cdef uint64_t head_offset         # … and where in the stream it stood
+    cdef uint8_t name[256]            # of the block it names
+    cdef size_t name_length
+    cdef uint8_t fill
+    cdef int stream_status
+    cdef uint8_t heads[GUESS_LIMIT * HEAD]
+    cdef iovec iov[1 + 2 * GUESS_LIMIT]
+    cdef readonly uint64_t zero_pages
+    cdef readonly uint64_t normal_pages
+    cdef readonly uint64_t wrong_guesses
+
+    def __cinit__(self, stream not None, blocks):
+        cdef RAMBlock block
+        cdef Bitmap bitmap
+        cdef bytes name
+        cdef int index
+        self.stream = stream
+        self.blocks = list(blocks)
+        self.block_count = len(self.blocks)
+        self.names = [block.idstr.encode() for block in self.blocks]
+        self.received = []
+        self.last_block = -1
+        self.guess = 1
+        self.table = <LoadBlock *> calloc(max(self.block_count, 1), sizeof(LoadBlock))
+        if self.table == NULL:
+            raise MemoryError("no memory for the list of RAM blocks")
+        for index in range(self.block_count):
+            block = self.blocks[index]
+            name = self.names[index]
+            bitmap = Bitmap(block.used_length // TARGET_PAGE_SIZE)
+            self.received.append(bitmap)
+            self.table[index].host = <uint8_t *> block.host_address
+            self.table[index].pages = bitmap.bits
+            self.table[index].received = bitmap.words
+            self.table[index].fresh = block.fresh
+            self.table[index].name = name
+            self.table[index].name_length = len(name)
+
+    def __dealloc__(self):
+        free(self.table)
+
+    # ---- the engine ----
+
+    cdef int find_block(self) noexcept nogil:
+        cdef int index
+        for index in range(self.block_count):
+            if self.table[index].name_length == self.name_length and not memcmp(
+                self.table[index].name, self.name, self.name_length
+            ):
+                return index
+        return -1
+
+    cdef int take_block(self) noexcept nogil:
+        """Settle which block the record at hand means; the head has been consumed."""
+        cdef int block
+        if self.head & RAM_SAVE_FLAG_CONTINUE:
+            return LOAD_EOS if self.last_block >= 0 else LOAD_NO_BLOCK
+        self.stream_status = self.stream.ensure(1)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        self.name_length = self.stream.buffer[self.stream.position]
+        self.stream_status = self.stream.ensure(1 + self.name_length)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        memcpy(self.name, self.stream.buffer + self.stream.position + 1, self.name_length)
+        self.stream.position += 1 + self.name_length
+        block = self.find_block()
+        if block < 0:
+            return LOAD_BAD_NAME
+        self.last_block = block
+        return LOAD_EOS
+
+    cdef int load_zero(self, LoadBlock *block, uint64_t page) noexcept nogil:
+        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
+        self.stream_status = self.stream.ensure(1)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        self.fill = self.stream.buffer[self.stream.position]
+        self.stream.position += 1
+        if self.fill:
+            return LOAD_BAD_FILL
+        if not block.fresh or test_bit(block.received, page):
+            if not is_zero(target, TARGET_PAGE_SIZE):
+                memset(target, 0, TARGET_PAGE_SIZE)
+        set_bit(block.received, page)
+        self.zero_pages += 1
+        return LOAD_EOS
+
+    cdef int load_page(self, LoadBlock *block, uint64_t page) noexcept nogil:
+        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
+        cdef size_t there = min(<size_t> TARGET_PAGE_SIZE, self.stream.end - self.stream.position)
+        memcpy(target, self.stream.buffer + self.stream.position, there)
+        self.stream.position += there
+        set_bit(block.received, page)
+        self.normal_pages += 1
+        if there == TARGET_PAGE_SIZE:
+            return LOAD_EOS
+        return self.read_pages(block, page, there)
+
+    cdef int list_guess(self, LoadBlock *block, uint64_t page, size_t there) noexcept nogil:
+        """List where the rest of *page* goes, and the pages that may follow it; returns how many were guessed."""
+        cdef uint64_t limit, guessed = 0, index
+        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
+        self.iov[0].iov_base = target + there
+        self.iov[0].iov_len = TARGET_PAGE_SIZE - there
+        if block.fresh:
+            limit = min(page + 1 + self.guess, block.pages)
+            guessed = clear_run(block.received, page + 1, limit) if limit > page + 1 else 0
+        for index in range(guessed):
+            self.iov[1 + 2 * index].iov_base = self.heads + index * HEAD
+            self.iov[1 + 2 * index].iov_len = HEAD
+            self.iov[2 + 2 * index].iov_base = target + (index + 1) * TARGET_PAGE_SIZE
+            self.iov[2 + 2 * index].iov_len = TARGET_PAGE_SIZE
+        return <int> guessed
+
+    cdef int read_pages(self, LoadBlock *block, uint64_t page, size_t there) noexcept nogil:
+        """Read the rest of *page*, of which *there* bytes are in place, and what follows if it is as guessed.
+
+        The stream's buffer is empty.
+        """
+        cdef int guessed, index
+        cdef size_t received, part
+        cdef uint64_t expected
+        cdef uint8_t head[HEAD]
+        self.stream.base += self.stream.position
+        self.stream.position = self.stream.end = 0
+        while there < TARGET_PAGE_SIZE:
+            guessed = self.list_guess(block, page, there)
+            self.stream_status = self.stream.receive(self.iov, 1 + 2 * guessed, &received)
+            if self.stream_status != STREAM_OK:
+                return LOAD_STREAM
+            part = min(received, TARGET_PAGE_SIZE - there)
+            there += part
+            received -= part
+            self.stream.base += part
+            for index in range(guessed):
+                if received < HEAD:
+                    break
+                expected = (page + 1) * TARGET_PAGE_SIZE | RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_CONTINUE
+                put_be64(head, expected)
+                if memcmp(head, self.heads + index * HEAD, HEAD):
+                    self.wrong_guesses += 1
+                    break
+                page += 1
+                set_bit(block.received, page)
+                self.normal_pages += 1
+                part = min(received - HEAD, <size_t> TARGET_PAGE_SIZE)
+                there = part
+                received -= HEAD + part
+                self.stream.base += HEAD + part
+            else:
+                index = guessed
+                if guessed == self.guess:
+                    self.guess = min(2 * self.guess, <int> GUESS_LIMIT)
+            if received:
+                if received >= HEAD:
+                    self.guess = max(self.guess // 2, 1)
+                self.take_back(index, guessed, received)
+        return LOAD_EOS
+
+    cdef void take_back(self, int index, int guessed, size_t length) noexcept nogil:
+        """Move *length* bytes that were guessed wrong, from head *index* on, into the stream's buffer."""
+        cdef size_t part
+        cdef int entry
+        self.stream.end = 0
+        for entry in range(1 + 2 * index, 1 + 2 * guessed):
+            part = min(length, self.iov[entry].iov_len)
+            memcpy(self.stream.buffer + self.stream.end, self.iov[entry].iov_base, part)
+            if self.iov[entry].iov_len == TARGET_PAGE_SIZE:
+                memset(self.iov[entry].iov_base, 0, part)
+            self.stream.end += part
+            length -= part
+            if length == 0:
+                return
+
+    cdef int load_some(self, int limit) noexcept nogil:
+        cdef LoadBlock *block
+        cdef uint64_t flags, page
+        cdef int status
+        while limit > 0:
+            limit -= 1
+            self.stream_status = self.stream.ensure(HEAD)
+            if self.stream_status != STREAM_OK:
+                return LOAD_STREAM
+            self.head_offset = self.stream.base + self.stream.position
+            self.head = get_be64(self.stream.buffer + self.stream.position)
+            self.stream.position += HEAD
+            flags = self.head & (TARGET_PAGE_SIZE - 1)
+            if self.head == RAM_SAVE_FLAG_EOS:
+                return LOAD_EOS
+            flags &= ~(<uint64_t> RAM_SAVE_FLAG_CONTINUE)
+            if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO:
+                return LOAD_OTHER
+            status = self.take_block()
+            if status != LOAD_EOS:
+                return status
+            block = &self.table[self.last_block]
+            page = self.head // TARGET_PAGE_SIZE
+            if page >= block.pages:
+                return LOAD_BAD_OFFSET
+            if flags == RAM_SAVE_FLAG_PAGE:
+                status = self.load_page(block, page)
+            else:
+                status = self.load_zero(block, page)
+            if status != LOAD_EOS:
+                return status
+        return LOAD_PAUSE
+
+    # ---- the door ----
+
+    def load_body(self, look_round=None):
+        """Load records up to the end of the section's body; see load.pyi."""
+        cdef int status
+        while True:
+            with nogil:
+                status = self.load_some(RECORDS_AT_A_TIME)
+            if status == LOAD_EOS:
+                return
+            if status == LOAD_PAUSE:
+                if look_round is not None:
+                    look_round()
+            elif status == LOAD_OTHER:
+                self.load_other()
+            elif status == LOAD_STREAM:
+                self.stream.raise_on(self.stream_status, "a record of section 'ram'")
+            else:
+                raise self.refusal(status)
+
+    cdef load_other(self):
+        cdef uint64_t flags = self.head & (TARGET_PAGE_SIZE - 1)
+        if flags == RAM_SAVE_FLAG_MEM_SIZE:
+            self.load_block_list(self.head - flags)
+        elif flags == RamSaveFlag.RAM_SAVE_FLAG_MULTIFD_FLUSH and self.head == flags:
+            return          # 8.1 sends it without multifd, too: nothing to do
+        else:
+            raise StreamError(
+                f"RAM record at {self.head_offset:#x}: head {self.head:#x} has flags {flags:#x}, expected one of "
+                f"ZERO (0x2), MEM_SIZE (0x4), PAGE (0x8), EOS (0x10), with PAGE and ZERO also CONTINUE (0x20)",
+                offset=self.head_offset,
+                section="ram",
+            )
+
+    cdef load_block_list(self, uint64_t total):
+        """The list of RAM blocks: each must exist here, at the same length (ram.md §3)."""
+        cdef uint64_t length, left = total
+        by_name = dict(zip(self.names, self.blocks))
+        while left:
+            place = self.stream.offset
+            name = self.stream.read(self.stream.read_u8("the list of RAM blocks"), "the name of a RAM block")
+            length = self.stream.read_be64("the list of RAM blocks")
+            if name not in by_name:
+                raise self.unknown_block(name, place)
+            block = by_name[name]
+            if length != block.used_length:
+                raise StreamError(
+                    f"RAM section at {place:#x}: block '{block.idstr}' has {block.used_length:#x} bytes here, "
+                    f"the stream says {length:#x}",
+                    offset=place,
+                    section="ram",
+                )
+            if length > left:
+                raise StreamError(
+                    f"RAM section at {place:#x}: block '{block.idstr}' has {length:#x} bytes, "
+                    f"only {left:#x} are left of the announced total of {total:#x}",
+                    offset=place,
+                    section="ram",
+                )
+            left -= length
+
+    def unknown_block(self, bytes name, place):
+        known = ", ".join(f"'{block.idstr}'" for block in self.blocks)
+        return StreamError(
+            f"RAM section at {place:#x}: block {name.decode('ascii', 'backslashreplace')!r} does not exist here, "
+            f"this machine has {known}",
+            offset=place,
+            section="ram",
+        )
+
+    cdef refusal(self, int status):
+        place = self.head_offset
+        if status == LOAD_BAD_NAME:
+            return self.unknown_block(self.name[:self.name_length], place)
+        if status == LOAD_NO_BLOCK:
+            finding = f"head {self.head:#x} continues a block, expected a name: no page came before it on this channel"
+        elif status == LOAD_BAD_OFFSET:
+            block = self.blocks[self.last_block]
+            finding = (
+                f"offset {self.head & ~<uint64_t> (TARGET_PAGE_SIZE - 1):#x} in block '{block.idstr}', "
+                f"expected one below {block.used_length:#x}"
+            )
+        else:
+            finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
+        return StreamError(f"RAM record at {place:#x}: {finding}", offset=place, section="ram")

@@ -1,0 +1,22 @@
+from ..wire.stream import OutputStream
+from .dirty import DirtyPages
+
+class PageSender:
+    """Sends the pages of *dirty* to *out*, in the order of the walk; one a channel.
+
+    Protects chunks of the machine's RAM again as it reaches them.  Counts are in target pages.
+    """
+
+    dirty: DirtyPages
+    out: OutputStream
+    zero_pages: int
+    normal_pages: int
+    def __init__(self, dirty: DirtyPages, out: OutputStream) -> None: ...
+    @property
+    def rounds(self) -> int:
+        """How often the walk has passed the last block."""
+    def send(self, byte_limit: int, page_limit: int) -> bool:
+        """Send dirty pages, about *byte_limit* bytes and at most *page_limit* pages; True when none is left.
+
+        Raises ChannelError when the channel breaks, MigrationCancelled when it was told to quit.
+        """

@@ -1,0 +1,386 @@
+"""One attempt to migrate, in its own thread `mig/src/main`: from the connection to the last word, or all the way back.
+
+    connect ─▶ setup ─▶ rounds ─▶ stop the guest ─▶ last pages, devices ─▶ ▌the last write▐ ─▶ confirmation
+                                                                          ▲
+                             a cancel or an error before this point: the guest runs here again
+
+The last write (the end mark and the description behind it) is what lets the destination start, so everything before it
+is flushed first, and it is made in one piece once the channel has room.  From then on the guest belongs to whoever the
+return path says:
+
+    SHUT 0            completed
+    SHUT 1, clean end failed, and the guest runs on here
+    anything else     failed; the guest stays stopped on this side until a person decides (state-machine.md §5)
+
+Threads   `mig/src/main` runs `_run`; `cancel` may come from any thread.  The owner joins with `join`.
+Fields    set before start: machine, options, address · under the lock: _cancelled, _committed · the rest: thread only
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..channels.channel import Channel, QuitEvent, wait_ready
+from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError
+from ..machine import DeviceSection, Machine
+from ..options import MigrationOptions
+from ..qapi import MigrationStatus, RunState
+from ..ram import live
+from ..ram.live import RamSource
+from ..savevm import commands, sections, vmdesc
+from ..savevm.devices.globalstate import GLOBALSTATE, GlobalState
+from ..savevm.sections import SectionHeader
+from ..states import StatusMachine
+from ..threads import start_thread
+from ..wire.format import SectionType
+from ..wire.stream import OutputStream
+from .convergence import DirtyRate, Pacer, SwitchoverRule
+from .return_path import ReturnPath, Verdict
+
+GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
+LAST_WORD_S = 0.2  # for what the destination said before it closed the connection
+ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
+
+UNKNOWN_OUTCOME = (
+    "the connection was lost after the last byte, before the destination said whether it has taken the guest: "
+    "the guest stays stopped here; make sure that it does not run at the destination, then use 'cont'"
+)
+
+
+class Attempt:
+    """One attempt.  *open_channel* gives the connected channel, and may wait; *quit* is the alarm it listens to."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        options: MigrationOptions,
+        states: StatusMachine,
+        open_channel: Callable[[], Channel],
+        quit_event: QuitEvent,
+        on_pass: Callable[[int], None],
+    ) -> None:
+        self.machine = machine
+        self.options = options
+        self.error: MigrationError | None = None
+        self.start_s = time.monotonic()
+        self.setup_s: float | None = None  # how long setup took
+        self.downtime_s: float | None = None
+        self.total_s: float | None = None
+        self.ram: RamSource | None = None
+        self.pacer = Pacer(options, quit_event.fd)
+        self.dirty_rate = DirtyRate()
+        self.precopy_bytes = 0
+        self.out: OutputStream | None = None
+        self._states = states
+        self._open_channel = open_channel
+        self._quit = quit_event
+        self._on_pass = on_pass
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._committed = False  # the last write has begun
+        self._channel: Channel | None = None
+        self._return_path: ReturnPath | None = None
+        self._noted_runstate: RunState | None = None  # before the guest was stopped for the switchover
+        self._logging = False
+        self._stop_s = 0.0
+        self._configuration_description: Any = None
+        self._thread: threading.Thread | None = None
+
+    # ---- for others ----
+
+    def start(self) -> None:
+        self._thread = start_thread("mig/src/main", self._run)
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """End all waiting, whatever comes of it: the process is about to exit."""
+        self._quit.set()
+
+    def cancel(self) -> None:
+        """Wake the thread wherever it waits.  After the last write the answer of the destination still decides."""
+        with self._lock:
+            self._cancelled = True
+            if not self._committed:
+                self._quit.set()
+                if self._channel is not None:
+                    self._channel.shutdown()
+            elif self._channel is not None:
+                self._channel.finish()
+
+    @property
+    def switching(self) -> bool:
+        """True from the moment at which the guest is stopped for the switchover."""
+        return self._noted_runstate is not None
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        try:
+            self._migrate()
+        except MigrationCancelled:
+            self._give_up()
+        except MigrationError as error:
+            self._give_up(error)
+        except Exception as error:  # a defect of ours must not leave the guest stopped
+            self._give_up(MigrationError(f"internal error while migrating: {error!r}"))
+            raise
+        finally:
+            self._clean_up()
+
+    def _migrate(self) -> None:
+        setup_start_s = time.monotonic()
+        self._connect()
+        self._set_up()
+        self.setup_s = time.monotonic() - setup_start_s
+        self._move(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
+        self._send_rounds()
+        self._stop_guest()
+        self._move(MigrationStatus.ACTIVE, MigrationStatus.DEVICE)
+        self._send_rest()
+        self._commit(self._save_devices())
+        self._confirm()
+
+    def _move(self, expected: MigrationStatus, new: MigrationStatus) -> None:
+        if not self._states.advance(expected, new):
+            raise MigrationCancelled("the migration was cancelled")
+
+    def _connect(self) -> None:
+        channel = self._open_channel()
+        with self._lock:
+            self._channel = channel
+            if self._cancelled:
+                raise MigrationCancelled("the migration was cancelled")
+        self.out = OutputStream(channel)
+        if not self.options.capability("return-path"):
+            return
+        if channel.can_return:
+            self._return_path = ReturnPath(channel)
+            self._return_path.start()
+        elif self.options.is_chosen("return-path"):
+            raise OptionError(
+                f"capability 'return-path' needs a transport that flows both ways, {channel.kind} '{channel.name}' "
+                f"does not: switch the capability off or use a socket",
+                name="return-path",
+                value=True,
+            )
+
+    # ---- setup and rounds: the guest runs ----
+
+    def _set_up(self) -> None:
+        assert self.out is not None
+        machine, options = self.machine, self.options
+        chunk_shift = options.migration_property("x-clear-bitmap-shift")
+        machine.dirty_log.start()
+        self._logging = True
+        self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, chunk_shift)
+        self._sync()
+        self.out.write(sections.encode_file_header())
+        if options.migration_property("send-configuration"):
+            uuid = machine.uuid if options.capability("validate-uuid") else None
+            configuration = sections.Configuration.of(machine.machine_type, uuid=uuid)
+            data, self._configuration_description = sections.encode_configuration(configuration)
+            self.out.write(data)
+        if self._return_path is not None:
+            self._command(commands.OpenReturnPath())
+            self._command(commands.Ping(1))
+        self._begin(SectionType.QEMU_VM_SECTION_START)
+        self.ram.write_block_list()
+        self._end_section()
+        self.pacer.restart(self.out.offset, 0)
+
+    def _send_rounds(self) -> None:
+        """Send PARTs until what is left can be sent while the guest stands still."""
+        assert self.out is not None and self.ram is not None
+        rule = SwitchoverRule()
+        while True:
+            allowance = self.pacer.allowance(self.out.offset)
+            if allowance:
+                threshold = self.pacer.threshold(self.out.offset)
+                if self.ram.remaining <= threshold:
+                    self._sync()
+                    bandwidth = self.pacer.current_bandwidth(self.out.offset)
+                    if rule.is_time(self.ram.remaining, threshold, bandwidth):
+                        return
+                self._begin(SectionType.QEMU_VM_SECTION_PART)
+                self.ram.write_part(allowance)
+                self._end_section()
+                self.precopy_bytes = self.out.offset
+            if self._quit.is_set():
+                raise MigrationCancelled("the migration was cancelled")
+            if not self.pacer.allowance(self.out.offset):
+                self.pacer.wait()
+            self.pacer.update(self.out.offset, self.ram.sent_pages)
+
+    def _sync(self) -> None:
+        assert self.ram is not None
+        self.ram.dirty.sync()
+        self.dirty_rate.update(self.ram.dirty.new_pages)
+        self._on_pass(self.ram.dirty.sync_count)
+
+    # ---- switchover: the guest is stopped ----
+
+    def _stop_guest(self) -> None:
+        self._stop_s = time.monotonic()
+        self._noted_runstate = self.machine.runstate
+        self.machine.stop(RunState.FINISH_MIGRATE)
+
+    def _send_rest(self) -> None:
+        assert self.out is not None and self.ram is not None
+        if self.options.migration_property("send-switchover-start"):
+            self._command(commands.SwitchoverStart())
+        self._sync()
+        self._begin(SectionType.QEMU_VM_SECTION_END)
+        self.ram.write_rest()
+        self._end_section()
+
+    def _save_devices(self) -> bytes:
+        """Write every device section; returns the last write: the end mark and the description of the devices."""
+        assert self.out is not None and self._noted_runstate is not None
+        saved = list(self.machine.save_device_state())
+        if self.options.migration_property("store-global-state"):
+            saved.append((GLOBALSTATE_SECTION, GlobalState.of(self._noted_runstate)))
+        devices = []
+        for section_id, (section, record) in enumerate(saved, start=self.RAM_SECTION_ID + 1):
+            if section.vmstate.is_needed(record):
+                devices.append(self._save_device(section_id, section, record))
+        text = vmdesc.encode(devices, configuration=self._configuration_description)
+        return bytes([SectionType.QEMU_VM_EOF]) + sections.encode_vmdescription(text)
+
+    def _save_device(self, section_id: int, section: DeviceSection, record: Any) -> Any:
+        assert self.out is not None
+        idstr, instance_id, version_id = section.idstr, section.instance_id, section.vmstate.version_id
+        state, description = section.vmstate.save(record)
+        kind = SectionType.QEMU_VM_SECTION_FULL
+        self.out.write(
+            sections.encode_section_header(SectionHeader(kind, section_id, idstr, instance_id, version_id)) + state
+        )
+        self._footer(section_id)
+        return vmdesc.device(idstr, instance_id, description)
+
+    def _commit(self, last: bytes) -> None:
+        """The last write: nothing of it may leave before everything else has, nor after a cancel."""
+        assert self.out is not None and self._channel is not None
+        self.out.flush()
+        if self._return_path is not None:
+            wait_ready(self._channel.write_fd, select.POLLOUT, self._quit.fd)
+            if self._return_path.verdict is not None:
+                raise self._return_path.error or ChannelError("the return path has ended", channel=self._channel.name)
+        with self._lock:
+            if self._cancelled:
+                raise MigrationCancelled("the migration was cancelled")
+            self._committed = True
+        self.out.write(last)
+        try:
+            self.out.flush()
+        except ChannelError:
+            if self._channel.stored or self.out.pending_bytes() == len(last):
+                with self._lock:
+                    self._committed = False  # nobody can have begun to act on it
+            raise
+
+    def _confirm(self) -> None:
+        """Wait for the destination's word, where there is a way to hear it."""
+        if self._return_path is not None:
+            self._await_verdict()
+            if self._return_path.verdict is not Verdict.TAKEN:
+                raise self._return_path.error or ChannelError(UNKNOWN_OUTCOME)
+        self.downtime_s = time.monotonic() - self._stop_s
+        self.total_s = time.monotonic() - self.start_s
+        self._end_logging()
+        self.machine.set_runstate(RunState.POSTMIGRATE)
+        self._states.advance_from_any(MigrationStatus.COMPLETED)
+
+    def _await_verdict(self) -> None:
+        assert self._return_path is not None
+        while not self._return_path.wait(0.5):
+            with self._lock:
+                cancelled = self._cancelled
+            if cancelled:
+                self._return_path.wait(ANSWER_AFTER_CANCEL_S)
+                return
+
+    # ---- the way back ----
+
+    def _give_up(self, error: MigrationError | None = None) -> None:
+        """After an error, or a cancel when there is none: the guest runs here again, if it can be only here."""
+        verdict = self._return_path.verdict if self._return_path is not None else None
+        self.total_s = time.monotonic() - self.start_s
+        self._end_logging()
+        if self._committed and verdict is not Verdict.REFUSED:
+            reason = f" ({error})" if error is not None and str(error) != UNKNOWN_OUTCOME else ""
+            self.error = ChannelError(UNKNOWN_OUTCOME + reason)
+            self.machine.set_runstate(RunState.POSTMIGRATE)
+            self._states.advance_from_any(MigrationStatus.FAILED)
+            return
+        self._resume_guest()
+        if self._states.status is MigrationStatus.CANCELLING:
+            return  # cancelled once everything is cleaned up
+        self.error = self._with_reason(error)
+        self._states.advance_from_any(MigrationStatus.FAILED)
+
+    def _with_reason(self, error: MigrationError | None) -> MigrationError | None:
+        """A connection that broke because the destination refused the stream: say that, too."""
+        path = self._return_path
+        if not isinstance(error, ChannelError) or path is None or not path.wait(LAST_WORD_S):
+            return error
+        if path.verdict is Verdict.REFUSED and path.error is not None and path.error is not error:
+            return ChannelError(f"{error}; {path.error}", channel=error.channel, errno=error.errno)
+        return error
+
+    def _resume_guest(self) -> None:
+        if self._noted_runstate is None or self.machine.runstate is not RunState.FINISH_MIGRATE:
+            return
+        if self._noted_runstate is RunState.RUNNING:
+            self.machine.start()
+        else:
+            self.machine.set_runstate(self._noted_runstate)
+
+    def _end_logging(self) -> None:
+        if self._logging:
+            self._logging = False
+            self.machine.dirty_log.stop()
+
+    def _clean_up(self) -> None:
+        """Give everything back; nobody of ours is left on the channel when it is closed."""
+        if self._states.status is not MigrationStatus.COMPLETED:
+            self._quit.set()
+        if self._channel is not None:
+            if self._return_path is not None:
+                self._channel.shutdown()
+                self._return_path.join()
+            with self._lock:
+                channel, self._channel = self._channel, None
+            channel.close()
+        self._quit.close()
+        self._states.advance(MigrationStatus.CANCELLING, MigrationStatus.CANCELLED)
+
+    # ---- pieces of the stream ----
+
+    RAM_SECTION_ID = 1
+
+    def _begin(self, kind: SectionType) -> None:
+        assert self.out is not None
+        header = SectionHeader(kind, self.RAM_SECTION_ID, live.IDSTR, live.INSTANCE_ID, live.VERSION_ID)
+        self.out.write(sections.encode_section_header(header))
+
+    def _end_section(self) -> None:
+        assert self.out is not None
+        self._footer(self.RAM_SECTION_ID)
+        self.out.flush()
+
+    def _footer(self, section_id: int) -> None:
+        assert self.out is not None
+        if self.options.migration_property("send-section-footer"):
+            self.out.write(sections.encode_section_footer(section_id))
+
+    def _command(self, command: commands.Command) -> None:
+        assert self.out is not None
+        self.out.write(commands.encode_command(command))
+        self.out.flush()

@@ -1,0 +1,122 @@
+"""Migration: the source side as a monitor drives it, over any number of attempts.
+
+    start ─▶ Attempt (a thread of its own) ─▶ completed, failed or cancelled ─▶ start again …
+
+Threads   the control loop's thread calls everything here; an attempt announces its changes from its own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..channels.address import Address
+from ..channels.channel import QuitEvent
+from ..channels.connect import outgoing
+from ..errors import MigrationError, StateError
+from ..machine import Machine
+from ..options import MigrationOptions
+from ..qapi import MigrationStatus, RunState
+from ..states import SOURCE, StatusMachine
+from .attempt import Attempt
+from .statistics import describe
+
+Emit = Callable[[str, dict[str, Any] | None], None]
+
+
+class Migration:
+    """Outgoing migrations of *machine*.
+
+    *emit* sends an event (MIGRATION and MIGRATION_PASS, only with capability `events`); *take_fd* hands out a descriptor
+    by the name it was given.
+    """
+
+    def __init__(
+        self, machine: Machine, options: MigrationOptions, *, emit: Emit, take_fd: Callable[[str], int]
+    ) -> None:
+        self._machine = machine
+        self._options = options
+        self._emit = emit
+        self._take_fd = take_fd
+        self._states = StatusMachine(SOURCE, self._announce)
+        self._attempt: Attempt | None = None
+        self._error: MigrationError | None = None  # of a start that did not get as far as an attempt
+
+    @property
+    def status(self) -> MigrationStatus:
+        return self._states.status
+
+    @property
+    def is_running(self) -> bool:
+        return self._states.is_running
+
+    def start(self, address: Address) -> None:
+        """Begin to migrate to *address*; returns as soon as connecting has begun.
+
+        Raises StateError when the machine or an earlier migration is in the way, ChannelError when the channel cannot
+        even be opened; then the status is `failed`.
+        """
+        self._check_state()
+        self._wait_for_thread()
+        status = self._states.status
+        if not self._states.advance(status, MigrationStatus.SETUP):
+            raise StateError("There's a migration process in progress", state=self._states.status)
+        self._error = self._attempt = None
+        quit_event = QuitEvent()
+        try:
+            open_channel = outgoing(address, quit_event.fd, self._take_fd)
+        except MigrationError as error:
+            quit_event.close()
+            self._error = error
+            self._states.advance(MigrationStatus.SETUP, MigrationStatus.FAILED)
+            raise
+        self._attempt = Attempt(
+            self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass
+        )
+        self._attempt.start()
+
+    def cancel(self) -> None:
+        """Ask a running migration to end; without effect when none runs."""
+        if self._attempt is not None and self._states.advance_from_any(MigrationStatus.CANCELLING):
+            self._attempt.cancel()
+
+    def query(self) -> dict[str, Any]:
+        """What query-migrate shows of this side; empty when there never was a migration."""
+        status = self._states.status
+        if status is MigrationStatus.NONE:
+            return {}
+        info: dict[str, Any] = {"status": status.value}
+        if self._attempt is not None:
+            info |= describe(self._attempt, status, self._options.parameter("downtime-limit"))
+        elif self._error is not None:
+            info["error-desc"] = str(self._error)
+        return info
+
+    def close(self) -> None:
+        """End whatever runs and join its thread; the process is about to exit."""
+        self.cancel()
+        if self._attempt is not None:
+            self._attempt.abandon()
+        self._wait_for_thread()
+
+    def _check_state(self) -> None:
+        if self._states.is_running:
+            raise StateError("There's a migration process in progress", state=self._states.status)
+        runstate = self._machine.runstate
+        if runstate is RunState.INMIGRATE:
+            raise StateError("Guest is waiting for an incoming migration", state=runstate)
+        if runstate is RunState.POSTMIGRATE:
+            raise StateError("Can't migrate the vm that was paused due to previous migration", state=runstate)
+
+    def _wait_for_thread(self) -> None:
+        """The status is final a moment before the thread has ended."""
+        if self._attempt is not None:
+            self._attempt.join()
+
+    def _announce(self, status: MigrationStatus) -> None:
+        if self._options.capability("events"):
+            self._emit("MIGRATION", {"status": status.value})
+
+    def _announce_pass(self, number: int) -> None:
+        if self._options.capability("events"):
+            self._emit("MIGRATION_PASS", {"pass": number})

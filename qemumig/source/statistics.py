@@ -1,0 +1,68 @@
+"""What query-migrate shows of the source (ram.md §12, qmp.md §5)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..qapi import MigrationStatus
+from ..wire.format import TARGET_PAGE_SIZE
+from .attempt import Attempt
+
+WITH_FIGURES = frozenset(
+    {MigrationStatus.ACTIVE, MigrationStatus.CANCELLING, MigrationStatus.DEVICE, MigrationStatus.COMPLETED}
+)
+
+
+def describe(attempt: Attempt, status: MigrationStatus, downtime_limit_ms: int) -> dict[str, Any]:
+    """The members of query-migrate besides `status`; times in ms, sizes in bytes."""
+    info: dict[str, Any] = {}
+    if status in WITH_FIGURES and attempt.ram is not None:
+        total_s = attempt.total_s if attempt.total_s is not None else time.monotonic() - attempt.start_s
+        info["total-time"] = round(total_s * 1000)
+        info["setup-time"] = round((attempt.setup_s or 0) * 1000)
+        if status is MigrationStatus.COMPLETED and attempt.downtime_s is not None:
+            info["downtime"] = round(attempt.downtime_s * 1000)
+        else:
+            info["expected-downtime"] = _expected_downtime_ms(attempt, downtime_limit_ms)
+        info["ram"] = _ram(attempt, status, total_s)
+    if attempt.error is not None:
+        info["error-desc"] = str(attempt.error)
+    return info
+
+
+def _expected_downtime_ms(attempt: Attempt, downtime_limit_ms: int) -> int:
+    assert attempt.ram is not None
+    if not attempt.pacer.bandwidth or not attempt.dirty_rate.pages_per_second:
+        return downtime_limit_ms
+    return round(attempt.ram.dirty.synced_pages * TARGET_PAGE_SIZE / attempt.pacer.bandwidth * 1000)
+
+
+def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str, Any]:
+    ram, out = attempt.ram, attempt.out
+    assert ram is not None and out is not None
+    completed = status is MigrationStatus.COMPLETED
+    transferred = out.offset
+    mbps = attempt.pacer.mbps
+    if completed:
+        moving_s = total_s - (attempt.setup_s or 0)
+        mbps = transferred * 8 / moving_s / 1e6 if moving_s > 0 else 0.0
+    return {
+        "total": ram.total,
+        "remaining": 0 if completed else ram.remaining,
+        "transferred": transferred,
+        "duplicate": ram.sender.zero_pages,
+        "normal": ram.sender.normal_pages,
+        "normal-bytes": ram.sender.normal_pages * TARGET_PAGE_SIZE,
+        "page-size": TARGET_PAGE_SIZE,
+        "mbps": mbps,
+        "pages-per-second": round(attempt.pacer.pages_per_second),
+        "dirty-sync-count": ram.dirty.sync_count,
+        "dirty-pages-rate": 0 if completed else attempt.dirty_rate.pages_per_second,
+        "precopy-bytes": attempt.precopy_bytes,
+        "downtime-bytes": transferred - attempt.precopy_bytes if attempt.switching else 0,
+        "postcopy-bytes": 0,
+        "postcopy-requests": 0,
+        "multifd-bytes": 0,
+        "dirty-sync-missed-zero-copy": 0,
+    }

@@ -1,0 +1,43 @@
+from typing import Any
+
+class OutputStream:
+    """Bytes towards *channel*: an object with `write_fd`, `quit_fd` (an eventfd), `kind` and `name`.
+
+    Writing raises ChannelError when the channel breaks and MigrationCancelled when it was told to quit.
+    """
+
+    channel: Any
+    offset: int
+    """Bytes put so far, the pending ones included."""
+    def __init__(self, channel: Any) -> None: ...
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Put *data* behind what is pending; it leaves with the next flush, or when the buffer is full."""
+    def flush(self) -> None:
+        """Hand everything that is pending to the kernel."""
+    def pending_bytes(self) -> int:
+        """Bytes that were put and that the kernel has not taken, as after a flush that failed."""
+    def write_u8(self, value: int) -> None: ...
+    def write_be16(self, value: int) -> None: ...
+    def write_be32(self, value: int) -> None: ...
+    def write_be64(self, value: int) -> None: ...
+
+class InputStream:
+    """Bytes from *channel*: an object with `read_fd`, `quit_fd` (an eventfd), `kind` and `name`.
+
+    Reading raises StreamError when the stream ends inside what is read, ChannelError when the channel breaks and
+    MigrationCancelled when it was told to quit; *what* names the place in the message.
+    """
+
+    channel: Any
+    def __init__(self, channel: Any) -> None: ...
+    @property
+    def offset(self) -> int:
+        """Bytes consumed so far."""
+    def read(self, length: int, what: str = "a field") -> bytes:
+        """Exactly *length* bytes."""
+    def peek(self, length: int) -> bytes:
+        """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""
+    def read_u8(self, what: str = "a field") -> int: ...
+    def read_be16(self, what: str = "a field") -> int: ...
+    def read_be32(self, what: str = "a field") -> int: ...
+    def read_be64(self, what: str = "a field") -> int: ...

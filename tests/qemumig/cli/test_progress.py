@@ -1,0 +1,75 @@
+"""Rounds made of `query-migrate` answers, and how they are shown."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from qemumig.cli.progress import Rounds, Sample, View, left, size
+
+
+def report(syncs: int, sent: int, remaining: int, status: str = "active", mbps: float = 800.0) -> dict[str, Any]:
+    return {
+        "status": status,
+        "ram": {
+            "dirty-sync-count": syncs, "transferred": sent, "remaining": remaining, "mbps": mbps,
+            "dirty-pages-rate": 1000, "page-size": 4096, "total": 1 << 30,
+        },
+    }  # fmt: skip
+
+
+def test_answer_without_ram_gives_nothing() -> None:
+    assert Rounds().add({"status": "setup"}) == (None, None)
+
+
+def test_sample_has_rates_in_bytes_per_second() -> None:
+    sample, ended = Rounds().add(report(1, 10, 5))
+    assert sample == Sample(1, 5, 100e6, 4096000, 1 << 30)
+    assert ended is None
+
+
+def test_new_bitmap_sync_ends_a_round() -> None:
+    rounds = Rounds()
+    assert rounds.add(report(1, 100, 900))[1] is None
+    assert rounds.add(report(1, 700, 300))[1] is None
+    ended = rounds.add(report(2, 1000, 50))[1]
+    assert ended is not None
+    assert (ended.number, ended.sent, ended.remaining) == (1, 1000, 50)
+
+
+def test_completion_ends_the_last_round_once() -> None:
+    rounds = Rounds()
+    rounds.add(report(1, 100, 900))
+    rounds.add(report(3, 1000, 0, "completed"))
+    rounds.add(report(3, 1000, 0, "completed"))
+    assert [done.number for done in rounds.finished] == [1]
+
+
+@pytest.mark.parametrize(
+    ("remaining", "bandwidth", "dirty_rate", "words"),
+    [(100, 100.0, 50.0, "about 2.0 s left"), (100, 100.0, 100.0, "not converging"), (100, 0.0, 0.0, "not converging")],
+)
+def test_estimate_sets_the_dirty_rate_against_the_bandwidth(
+    remaining: int, bandwidth: float, dirty_rate: float, words: str
+) -> None:
+    assert left(Sample(1, remaining, bandwidth, dirty_rate, 1000)) == words
+
+
+def test_plain_view_writes_one_line_per_round() -> None:
+    out = io.StringIO()
+    view, rounds = View(out), Rounds()
+    view.begin("a → b")
+    for answer in (report(1, 100, 900), report(2, 1_500_000_000, 50), report(3, 1_600_000_000, 0, "completed")):
+        _, ended = rounds.add(answer)
+        if ended:
+            view.row(ended)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "a → b"
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2"]
+    assert "1.50 GB" in lines[2]
+
+
+def test_sizes_read_well() -> None:
+    assert (size(1_500_000_000), size(2_340_000)) == ("1.50 GB", "2.3 MB")

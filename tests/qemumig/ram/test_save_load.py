@@ -1,0 +1,257 @@
+"""Pages out of one memory, over a socket, into another: every kind of page, in every order."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+
+from qemumig.errors import ChannelError, MigrationCancelled, StreamError
+from qemumig.ram.dirty import DirtyPages
+from qemumig.ram.load import RamLoader
+from qemumig.ram.save import PageSender
+from qemumig.wire.stream import InputStream, OutputStream
+from tests.support.memory import Memory, QuietLog, channel_pair
+
+PAGE = 4096
+EOS = (0x10).to_bytes(8, "big")
+
+
+def fill(memory: Memory, seed: int, zero_share: float) -> None:
+    """Random pages and zero pages in runs of random length."""
+    source = random.Random(seed)
+    page = 0
+    while page * PAGE < len(memory.map):
+        run = source.randrange(1, 40)
+        zero = source.random() < zero_share
+        for _ in range(run):
+            if page * PAGE < len(memory.map) and not zero:
+                memory.write(page * PAGE, source.randbytes(PAGE))
+            page += 1
+
+
+def send_all(dirty: DirtyPages, out: OutputStream) -> PageSender:
+    sender = PageSender(dirty, out)
+    while not sender.send(1 << 20, 1000):
+        pass
+    out.write(EOS)
+    out.flush()
+    return sender
+
+
+def load_in_thread(loader: RamLoader) -> tuple[threading.Thread, list[BaseException]]:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loader.load_body()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, errors
+
+
+@pytest.mark.parametrize("zero_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fresh", [True, False])
+def test_memory_arrives_as_it_was(zero_share: float, seed: int, fresh: bool) -> None:
+    sources = [Memory("big", 3000 * PAGE), Memory("small", 37 * PAGE)]
+    targets = [Memory("small", 37 * PAGE, fresh=fresh), Memory("big", 3000 * PAGE, fresh=fresh)]
+    for source in sources:
+        fill(source, seed, zero_share)
+    if not fresh:
+        for target in targets:
+            fill(target, seed + 100, 0.3)  # what was there before must not shine through
+    with channel_pair() as (left, right):
+        loader = RamLoader(InputStream(right), [target.block for target in targets])
+        thread, errors = load_in_thread(loader)
+        sender = send_all(DirtyPages([s.block for s in sources], QuietLog()), OutputStream(left))
+        thread.join()
+    assert errors == []
+    assert targets[1].contents() == sources[0].contents()
+    assert targets[0].contents() == sources[1].contents()
+    assert (sender.zero_pages, sender.normal_pages) == (loader.zero_pages, loader.normal_pages)
+    assert sender.zero_pages + sender.normal_pages == 3037
+    assert [bitmap.count() for bitmap in loader.received] == [37, 3000]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_wrong_guess_is_mended(seed: int) -> None:
+    """Later rounds send scattered pages among pages that must keep what they hold."""
+    source, target = Memory("ram", 2000 * PAGE), Memory("ram", 2000 * PAGE)
+    chance = random.Random(seed)
+    fill(source, seed, 0.2)
+    with channel_pair() as (left, right):
+        out = OutputStream(left)
+        loader = RamLoader(InputStream(right), [target.block])
+        dirty = DirtyPages([source.block], QuietLog())
+        sender = PageSender(dirty, out)
+        bitmap = dirty.bitmaps[0]
+        for round_number in range(4):
+            thread, errors = load_in_thread(loader)
+            if round_number == 0:  # the first round leaves pages out, in runs: those are guessed at, and must stay zero
+                skipped = [page for page in range(2000) if chance.random() < 0.3]
+                for page in skipped:
+                    bitmap.clear(page)
+                    dirty_before = source.read(page * PAGE, PAGE)
+                    assert len(dirty_before) == PAGE
+            else:
+                for _ in range(300):
+                    page = chance.randrange(2000)
+                    source.write(page * PAGE, bytes(PAGE) if chance.random() < 0.3 else chance.randbytes(PAGE))
+                    bitmap.set(page)
+                for page in skipped[:: round_number + 1]:
+                    bitmap.set(page)
+            dirty.sync()  # counts what was set by hand
+            while not sender.send(chance.randrange(1, 300000), 1000):
+                pass
+            out.write(EOS)
+            out.flush()
+            thread.join()
+            assert errors == []
+            received = loader.received[0]
+            for page in range(2000):
+                expected = source.read(page * PAGE, PAGE) if received.test(page) else bytes(PAGE)
+                assert target.read(page * PAGE, PAGE) == expected, f"page {page} after round {round_number}"
+    assert loader.wrong_guesses > 0
+
+
+def test_zero_pages_leave_fresh_memory_unpopulated() -> None:
+    source, target = Memory("ram", 4096 * PAGE), Memory("ram", 4096 * PAGE)
+    with channel_pair() as (left, right):
+        loader = RamLoader(InputStream(right), [target.block])
+        thread, errors = load_in_thread(loader)
+        send_all(DirtyPages([source.block], QuietLog()), OutputStream(left))
+        thread.join()
+    assert errors == []
+    assert resident_pages(target) == 0
+
+
+def resident_pages(memory: Memory) -> int:
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(memory.block.host_address // PAGE * 8)
+        entries = pagemap.read(len(memory.map) // PAGE * 8)
+    return sum(entries[i + 7] >> 7 for i in range(0, len(entries), 8))
+
+
+class ClearingLog(QuietLog):
+    """Remembers which chunks were protected again, and insists that it happens before their pages leave."""
+
+    manual_clear = True
+
+    def __init__(self) -> None:
+        self.cleared: list[tuple[int, int]] = []
+
+    def clear(self, block: object, first_page: int, page_count: int) -> None:
+        self.cleared.append((first_page, page_count))
+
+
+def test_each_chunk_is_protected_once_after_a_sync_and_just_before_its_first_page() -> None:
+    source = Memory("ram", 300 * PAGE)
+    log = ClearingLog()
+    with channel_pair() as (left, right):
+        dirty = DirtyPages([source.block], log, chunk_shift=6)
+        dirty.sync()
+        sender = PageSender(dirty, OutputStream(left))
+        assert not sender.send(1 << 30, 65)
+        assert log.cleared == [(0, 64), (64, 64)]
+        assert sender.send(1 << 30, 1000)
+        assert log.cleared == [(0, 64), (64, 64), (128, 64), (192, 64), (256, 44)]
+        right.shutdown()
+
+
+def head(offset: int, flags: int, name: bytes | None = None) -> bytes:
+    counted = b"" if name is None else bytes([len(name)]) + name
+    return (offset | flags).to_bytes(8, "big") + counted
+
+
+def load(data: bytes, *, size: int = 64 * PAGE) -> tuple[RamLoader, Memory]:
+    target = Memory("ram", size)
+    with channel_pair() as (left, right):
+        loader = RamLoader(InputStream(right), [target.block])
+        out = OutputStream(left)
+        thread, errors = load_in_thread(loader)
+        try:
+            out.write(data)
+            out.flush()
+        except ChannelError:
+            pass
+        left.shutdown()
+        thread.join()
+    if errors:
+        raise errors[0]
+    return loader, target
+
+
+ZERO, MEM_SIZE, FULL_PAGE, CONTINUE = 0x2, 0x4, 0x8, 0x20
+
+LIES = [
+    ("continue first", head(0, ZERO | CONTINUE) + b"\0", "continues a block, expected a name"),
+    ("unknown block", head(0, ZERO, b"rom\xff") + b"\0", r"block 'rom\\\\xff' does not exist here, this machine has 'ram'"),
+    ("empty name", head(0, ZERO, b"") + b"\0", "block '' does not exist here"),
+    ("offset at the end", head(64 * PAGE, ZERO, b"ram") + b"\0", "offset 0x40000 in block 'ram', expected one below 0x40000"),
+    ("offset far out", head((1 << 64) - PAGE, FULL_PAGE, b"ram") + bytes(PAGE), "offset 0xfffffffffffff000"),
+    ("fill byte", head(0, ZERO, b"ram") + b"\x55", "fill byte 0x55 of a zero page, expected 0"),
+    ("two kinds at once", head(0, ZERO | FULL_PAGE, b"ram"), "has flags 0xa"),
+    ("no flag", head(PAGE, 0), "has flags 0x0"),
+    ("obsolete", head(0, 1), "has flags 0x1"),
+    ("unknown flag", head(0, 0x400), "has flags 0x400"),
+    ("EOS with an offset", head(PAGE, 0x10), "has flags 0x10"),
+    ("xbzrle", head(0, 0x40, b"ram"), "has flags 0x40"),
+    ("hook", head(0, 0x80), "has flags 0x80"),
+    ("list of an unknown block", head(PAGE, MEM_SIZE) + b"\3rom" + (4096).to_bytes(8, "big"), "block 'rom' does not exist"),
+    ("list with another length", head(PAGE, MEM_SIZE) + b"\3ram" + (4096).to_bytes(8, "big"), "has 0x40000 bytes here, the stream says 0x1000"),
+    ("list past its total", head(PAGE, MEM_SIZE) + b"\3ram" + (64 * PAGE).to_bytes(8, "big"), "only 0x1000 are left"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "finding"), [lie[1:] for lie in LIES], ids=[lie[0] for lie in LIES])
+def test_a_record_that_lies_is_refused_with_its_place(data: bytes, finding: str) -> None:
+    good = head(PAGE, FULL_PAGE, b"ram") + b"x" * PAGE if "continue" not in finding else b""
+    with pytest.raises(StreamError, match=finding) as caught:
+        load(good + data + EOS)
+    assert "0x" in str(caught.value)
+    assert caught.value.offset is not None and caught.value.offset >= len(good)
+
+
+def test_a_body_that_ends_early_is_refused_at_every_byte() -> None:
+    body = (
+        head(64 * PAGE, MEM_SIZE) + b"\3ram" + (64 * PAGE).to_bytes(8, "big")
+        + head(0, FULL_PAGE, b"ram") + b"a" * PAGE
+        + head(PAGE, FULL_PAGE | CONTINUE) + b"b" * PAGE
+        + head(5 * PAGE, ZERO | CONTINUE) + b"\0"
+        + EOS
+    )  # fmt: skip
+    loader, target = load(body)
+    assert target.read(0, 2 * PAGE) == b"a" * PAGE + b"b" * PAGE
+    steps = [*range(0, 60), *range(60, len(body), 97), *range(len(body) - 20, len(body))]
+    for length in steps:
+        with pytest.raises(StreamError, match="stream ends inside"):
+            load(body[:length])
+
+
+def test_a_flush_mark_without_multifd_is_nothing() -> None:
+    loader, _ = load(head(0, 0x200) + EOS)
+    assert loader.normal_pages == loader.zero_pages == 0
+
+
+def test_a_broken_channel_and_a_cancel_are_told_apart() -> None:
+    source = Memory("ram", 4096 * PAGE)
+    fill(source, 1, 0.0)
+    with channel_pair() as (left, right):
+        sender = PageSender(DirtyPages([source.block], QuietLog()), OutputStream(left))
+        right.shutdown()
+        with pytest.raises(ChannelError, match="Unable to write to socket: Broken pipe"):
+            sender.send(1 << 40, 1 << 40)
+    with channel_pair() as (left, right):
+        import os
+
+        sender = PageSender(DirtyPages([source.block], QuietLog()), OutputStream(left))
+        timer = threading.Timer(0.05, lambda: os.eventfd_write(left.quit_fd, 1))
+        timer.start()
+        with pytest.raises(MigrationCancelled):
+            sender.send(1 << 40, 1 << 40)  # the peer does not read: the buffers fill, and the cancel wakes us
+        timer.join()
