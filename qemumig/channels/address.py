@@ -142,9 +142,7 @@ def _parse_file(rest: str) -> Address:
     try:
         offset = parse_size(size) if marker else 0
     except ValueError:
-        raise OptionError(
-            f"file URI has bad offset {size}: Invalid argument", name="uri", value=rest
-        ) from None
+        raise OptionError(f"file URI has bad offset {size}: Invalid argument", name="uri", value=rest) from None
     if not path or offset >= 1 << 63:
         raise OptionError(f"file URI '{rest}' needs a path and an offset below 2^63", name="uri", value=rest)
     return FileAddress(path, offset)
@@ -179,15 +177,11 @@ def parse_migration_address(addr: Mapping[str, Any]) -> Address:
     if transport == "exec":
         args = _member(addr, "args", list)
         if not args or not all(isinstance(arg, str) for arg in args):
-            raise OptionError(
-                "Parameter 'args' expects a list of strings, program first", name="args", value=args
-            )
+            raise OptionError("Parameter 'args' expects a list of strings, program first", name="args", value=args)
         return ExecAddress(tuple(args))
     if transport == "file":
         return FileAddress(_member(addr, "filename", str), _member(addr, "offset", int))
-    raise OptionError(
-        f"Parameter 'transport' does not accept value '{transport}'", name="transport", value=transport
-    )
+    raise OptionError(f"Parameter 'transport' does not accept value '{transport}'", name="transport", value=transport)
 
 
 def _parse_socket(addr: Mapping[str, Any]) -> Address:

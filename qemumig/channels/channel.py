@@ -6,6 +6,7 @@ Threads   the thread that owns the channel reads, writes and closes it.  `shutdo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -55,9 +56,7 @@ class Channel:
 
     stored = False
 
-    def __init__(
-        self, kind: str, name: str, read_fd: int, write_fd: int, quit_fd: int, *, can_return: bool
-    ) -> None:
+    def __init__(self, kind: str, name: str, read_fd: int, write_fd: int, quit_fd: int, *, can_return: bool) -> None:
         self.kind = kind
         self.name = name
         self.read_fd = read_fd
@@ -90,10 +89,8 @@ class SocketChannel(Channel):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _shutdown(self, how: int) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the peer was faster: there is nothing left to end
             self._socket.shutdown(how)
-        except OSError:
-            pass  # the peer was faster: there is nothing left to end
 
     def shutdown(self) -> None:
         self._shutdown(socket.SHUT_RDWR)

@@ -141,9 +141,7 @@ def _resolve(address: InetAddress, *, passive: bool) -> list[tuple[Any, ...]]:
         return socket.getaddrinfo(address.host or None, address.port, family, socket.SOCK_STREAM, 0, flags)
     except (socket.gaierror, UnicodeError, OverflowError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
-        raise ChannelError(
-            f"address resolution failed for {address}: {reason}", channel=str(address)
-        ) from error
+        raise ChannelError(f"address resolution failed for {address}: {reason}", channel=str(address)) from error
 
 
 def _connect(address: InetAddress | UnixAddress, quit_fd: int) -> Channel:

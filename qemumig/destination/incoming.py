@@ -13,6 +13,7 @@ Threads   the control loop's thread calls `listen`, `query`, `close`; `mig/dst/m
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -217,10 +218,8 @@ class IncomingMigration:
     def _fail(self, error: MigrationError) -> None:
         self.error = error
         if self._answers is not None:
-            try:
+            with contextlib.suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))
-            except (ChannelError, MigrationCancelled):
-                pass  # the end of the connection says the same
         self._machine.discard_ram()
         self._states.advance_from_any(MigrationStatus.FAILED)
 

@@ -102,10 +102,8 @@ class StreamLoader:
 
     def _load_section(self, kind: int, offset: int) -> None:
         header = sections.read_section_header(self._stream, kind)
-        if kind in WITH_IDENTITY:
-            bound = self._table.bind(header, offset)
-        else:
-            bound = self._table.lookup(header.section_id, offset)
+        known = kind not in WITH_IDENTITY
+        bound = self._table.lookup(header.section_id, offset) if known else self._table.bind(header, offset)
         section = bound.entry.owner
         if section is None:
             self.ram.load_body(self._look_round)

@@ -4,9 +4,10 @@
                                                                           ▲
                              a cancel or an error before this point: the guest runs here again
 
-The last write (the end mark and the description behind it) is what lets the destination start, so everything before it
-is flushed first, and it is made in one piece once the channel has room.  From then on the guest belongs to whoever the
-return path says:
+The last write (the end mark and the description behind it) is what lets the destination start.  Where there is a return
+path, it is made only after the destination has answered a ping sent behind everything else: so it has loaded all of the
+guest, and nothing is left in the link's buffers whose fate would be unknown if the link broke.  From then on the guest
+belongs to whoever the return path says:
 
     SHUT 0            completed
     SHUT 1, clean end failed, and the guest runs on here
@@ -18,13 +19,12 @@ Fields    set before start: machine, options, address · under the lock: _cancel
 
 from __future__ import annotations
 
-import select
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ..channels.channel import Channel, QuitEvent, wait_ready
+from ..channels.channel import Channel, QuitEvent
 from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError
 from ..machine import DeviceSection, Machine
 from ..options import MigrationOptions
@@ -42,6 +42,8 @@ from .convergence import DirtyRate, Pacer, SwitchoverRule
 from .return_path import ReturnPath, Verdict
 
 GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
+PING_OPENED = 1  # the first one, as QEMU numbers it
+PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
 LAST_WORD_S = 0.2  # for what the destination said before it closed the connection
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
 
@@ -189,7 +191,7 @@ class Attempt:
             self.out.write(data)
         if self._return_path is not None:
             self._command(commands.OpenReturnPath())
-            self._command(commands.Ping(1))
+            self._command(commands.Ping(PING_OPENED))
         self._begin(SectionType.QEMU_VM_SECTION_START)
         self.ram.write_block_list()
         self._end_section()
@@ -269,9 +271,10 @@ class Attempt:
         assert self.out is not None and self._channel is not None
         self.out.flush()
         if self._return_path is not None:
-            wait_ready(self._channel.write_fd, select.POLLOUT, self._quit.fd)
-            if self._return_path.verdict is not None:
-                raise self._return_path.error or ChannelError("the return path has ended", channel=self._channel.name)
+            self._command(commands.Ping(PING_ALL_LOADED))
+            if not self._return_path.wait_pong(PING_ALL_LOADED):
+                text = "the return path ended before the destination had loaded the guest"
+                raise self._return_path.error or ChannelError(text, channel=self._channel.name)
         with self._lock:
             if self._cancelled:
                 raise MigrationCancelled("the migration was cancelled")

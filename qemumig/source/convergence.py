@@ -4,7 +4,7 @@
     threshold  = (avail-switchover-bandwidth or bandwidth) × downtime-limit
 
 The guest is stopped when what is left can be sent within the downtime limit *and* another round would not make it
-notably less: a round that halves the rest costs milliseconds while the guest runs and saves as many while it stands still.
+notably less: a round that halves the rest costs milliseconds while the guest runs and saves as many while it stands.
 
 Threads   the migration thread; the figures may be read by anyone.
 """

@@ -27,8 +27,8 @@ Emit = Callable[[str, dict[str, Any] | None], None]
 class Migration:
     """Outgoing migrations of *machine*.
 
-    *emit* sends an event (MIGRATION and MIGRATION_PASS, only with capability `events`); *take_fd* hands out a descriptor
-    by the name it was given.
+    *emit* sends an event (MIGRATION and MIGRATION_PASS, only with capability `events`); *take_fd* hands out a
+    descriptor by the name it was given.
     """
 
     def __init__(

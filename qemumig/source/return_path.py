@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StreamError
@@ -31,13 +30,13 @@ class Verdict(enum.Enum):
 class ReturnPath:
     """Reads the destination's messages until SHUT or the end.
 
-    *on_pong* is called with the value of each PONG, in the reading thread.
+    `verdict` and the last PONG's value change under one condition, which wakes everybody who waits for either.
     """
 
-    def __init__(self, channel: Any, on_pong: Callable[[int], None] = lambda value: None) -> None:
+    def __init__(self, channel: Any) -> None:
         self._stream = InputStream(channel)
-        self._on_pong = on_pong
-        self._ended = threading.Event()
+        self._changed = threading.Condition()
+        self._ponged: int | None = None
         self.verdict: Verdict | None = None  # None while it is open
         self.error: MigrationError | None = None
         self._thread: threading.Thread | None = None
@@ -47,7 +46,14 @@ class ReturnPath:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until it has ended; False when *timeout_s* passes first."""
-        return self._ended.wait(timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: self.verdict is not None, timeout_s)
+
+    def wait_pong(self, value: int) -> bool:
+        """Until the destination has answered the ping *value*; False when the path ended instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ponged == value or self.verdict is not None)
+            return self._ponged == value and self.verdict is None
 
     def join(self) -> None:
         """After the channel was shut down or its quit event set."""
@@ -59,30 +65,33 @@ class ReturnPath:
             while self.verdict is None:
                 self._read_message()
         except MigrationCancelled:
-            self.verdict = Verdict.UNKNOWN
+            self._end(Verdict.UNKNOWN, None)
         except (StreamError, ChannelError) as error:
-            self.verdict = Verdict.UNKNOWN
-            self.error = error
-        finally:
-            self._ended.set()
+            self._end(Verdict.UNKNOWN, error)
+
+    def _end(self, verdict: Verdict, error: MigrationError | None) -> None:
+        with self._changed:
+            self.verdict, self.error = verdict, error
+            self._changed.notify_all()
 
     def _read_message(self) -> None:
         if not self._stream.peek(1):
-            self.verdict = Verdict.REFUSED
-            self.error = StreamError("the destination closed the connection before it had loaded the stream")
+            text = "the destination closed the connection before it had loaded the stream"
+            self._end(Verdict.REFUSED, StreamError(text))
             return
         message = commands.read_return_message(self._stream)
         if isinstance(message, commands.Shut):
             self._take_shut(message.value)
         elif isinstance(message, commands.Pong):
-            self._on_pong(message.value)
+            with self._changed:
+                self._ponged = message.value
+                self._changed.notify_all()
         elif isinstance(message, commands.ResumeAck):
             raise StreamError(f"return path: {message.type.name} outside of a postcopy recovery")
         # page requests merely queue pages, and those are all sent in precopy; an early approval changes nothing
 
     def _take_shut(self, status: int) -> None:
         if status == 0:
-            self.verdict = Verdict.TAKEN
+            self._end(Verdict.TAKEN, None)
         else:
-            self.verdict = Verdict.REFUSED
-            self.error = StreamError(f"Sibling indicated error {status}")
+            self._end(Verdict.REFUSED, StreamError(f"Sibling indicated error {status}"))

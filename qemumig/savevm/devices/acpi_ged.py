@@ -1,0 +1,122 @@
+"""`acpi-ged`: the generic event device (machine.md §4, acpi=on only); version 1, instance 0.
+
+The hotplug subsections hold one record for each slot the machine was built with.  That number is never on the wire:
+it is the length of `devs` in the fresh record that is loaded into; the minimal machine has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..fields import Count, boolean, struct, uint8, uint32, uint64
+from ..vmstate import Subsection, VMState, plain_subsection
+
+_MAX_SLOTS = 256  # memory slots of a machine
+_MAX_CPUS = 4096
+
+
+@dataclass
+class GedState:
+    """Which events wait to be handled."""
+
+    sel: int = 0
+
+
+@dataclass
+class MemorySlot:
+    """A memory slot in the eyes of ACPI."""
+
+    is_enabled: bool = False
+    is_inserting: bool = False
+    ost_event: int = 0
+    ost_status: int = 0
+
+
+@dataclass
+class MemoryHotplug:
+    """The memory slots."""
+
+    selector: int = 0
+    devs: list[MemorySlot] = field(default_factory=list)
+
+    @property
+    def dev_count(self) -> int:
+        return len(self.devs)
+
+
+@dataclass
+class CpuSlot:
+    """A CPU slot in the eyes of ACPI."""
+
+    is_inserting: bool = False
+    is_removing: bool = False
+    ost_event: int = 0
+    ost_status: int = 0
+
+
+@dataclass
+class CpuHotplug:
+    """The CPU slots (since 10.0)."""
+
+    selector: int = 0
+    command: int = 0
+    devs: list[CpuSlot] = field(default_factory=list)
+
+    @property
+    def dev_count(self) -> int:
+        return len(self.devs)
+
+
+@dataclass
+class AcpiGedState:
+    """The event device; *ghes*, the address of the error records, comes only with error injection."""
+
+    ged_state: GedState = field(default_factory=GedState)
+    memhp: MemoryHotplug | None = None
+    cpuhp: CpuHotplug | None = None
+    ghes: int | None = None
+
+
+_MEMORY_SLOT = VMState(
+    "memory hotplug device state",
+    1,
+    (boolean("is_enabled"), boolean("is_inserting"), uint32("ost_event"), uint32("ost_status")),
+    record=MemorySlot,
+)
+
+_MEMORY_HOTPLUG = VMState(
+    "memory hotplug state",
+    1,
+    (uint32("selector"), struct("devs", _MEMORY_SLOT, count=Count("dev_count", _MAX_SLOTS))),
+    record=MemoryHotplug,
+)
+
+_CPU_SLOT = VMState(
+    "CPU hotplug device state",
+    1,
+    (boolean("is_inserting"), boolean("is_removing"), uint32("ost_event"), uint32("ost_status")),
+    record=CpuSlot,
+)
+
+_CPU_HOTPLUG = VMState(
+    "CPU hotplug state",
+    1,
+    (uint32("selector"), uint8("command"), struct("devs", _CPU_SLOT, count=Count("dev_count", _MAX_CPUS))),
+    record=CpuHotplug,
+)
+
+_GHES = VMState("acpi-ghes", 1, (uint64("hw_error_le", "value"),))
+
+_GED_STATE = VMState("acpi-ged-state", 1, (uint32("sel"),), record=GedState)
+
+ACPI_GED = VMState(
+    "acpi-ged",
+    1,
+    (struct("ged_state", _GED_STATE),),
+    subsections=(
+        plain_subsection("memhp", "acpi-ged/memhp", lambda name, attr: struct(name, _MEMORY_HOTPLUG, attr), "memhp_state"),
+        plain_subsection("cpuhp", "acpi-ged/cpuhp", lambda name, attr: struct(name, _CPU_HOTPLUG, attr), "cpuhp_state"),
+        Subsection("ghes", VMState("acpi-ged/ghes", 1, (struct("ghes_state", _GHES, "value"),))),
+    ),
+    record=AcpiGedState,
+)

@@ -1,0 +1,731 @@
+"""`cpu`: the registers of one vCPU (cpu-state.md §2, §3); version 12, instance = vCPU index.
+
+In    CpuState, filled from the hypervisor
+Out   1817 bytes, and a subsection for each feature that is in use
+
+Names of attributes are those of cpu-state.md.  Two spellings are worth a picture:
+
+    fpregs[i]    FpReg: 64 bits of mantissa, 16 bits of sign and exponent; physical order st(0)..st(7)
+    xmm_low[i]   [bits 63:0, bits 127:64]        ymm_high[i]   [bits 191:128, bits 255:192]
+
+A receiver knows every subsection a QEMU of this machine may send, since nothing on the wire tells how long one is.
+An attribute of a subsection is None when the subsection was absent.  Where QEMU leaves a subsection out because its
+value is the reset value, so do we, whether the attribute is None or holds that value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..fields import Field, int32, int64, struct, tmp, uint8, uint16, uint32, uint64
+from ..vmstate import Subsection, Value, VMState, plain_subsection, when_nonzero
+
+_MAX64 = 0xFFFFFFFFFFFFFFFF
+
+# bits of hflags, QEMU's digest of the execution mode (cpu-state.md §2)
+_HF_CPL_SHIFT = 0
+_HF_CS32 = 1 << 4
+_HF_SS32 = 1 << 5
+_HF_ADDSEG = 1 << 6
+_HF_PE = 1 << 7
+_HF_MP_SHIFT = 9  # CR0.MP, EM and TS follow each other in both
+_HF_LMA = 1 << 14
+_HF_CS64 = 1 << 15
+_HF_SMM = 1 << 19
+_HF_GUEST = 1 << 21  # in nested guest mode
+_HF_OSFXSR = 1 << 22
+
+_NESTED_GUEST_MODE = 1  # in the flags of KVM's nested state
+
+_CR0_PE, _CR0_MP_SHIFT, _CR4_OSFXSR, _EFER_LMA = 1 << 0, 1, 1 << 9, 1 << 10
+_EFLAGS_TF, _EFLAGS_IOPL, _EFLAGS_VM = 1 << 8, 3 << 12, 1 << 17
+_SEGMENT_DPL_SHIFT, _SEGMENT_L, _SEGMENT_DB = 13, 1 << 21, 1 << 22
+
+
+def _zeros(count: int) -> Callable[[], list[int]]:
+    return lambda: [0] * count
+
+
+def _words(count: int, length: int) -> Callable[[], list[list[int]]]:
+    return lambda: [[0] * length for _ in range(count)]
+
+
+@dataclass
+class Segment:
+    """A segment register; *flags* is the upper word of a descriptor without base and limit, *limit* in bytes."""
+
+    selector: int = 0
+    base: int = 0
+    limit: int = 0xFFFF
+    flags: int = 0
+
+
+@dataclass
+class FpReg:
+    """An x87 register: its 80 bits as mantissa and sign/exponent."""
+
+    mantissa: int = 0
+    exponent: int = 0
+
+
+@dataclass
+class MtrrVar:
+    """A variable-range MTRR pair."""
+
+    base: int = 0
+    mask: int = 0
+
+
+@dataclass
+class ExceptionInfo:
+    """A pending exception with its payload, while in a nested guest."""
+
+    exception_pending: int = 0
+    exception_injected: int = 0
+    exception_has_payload: int = 0
+    exception_payload: int = 0
+
+
+@dataclass
+class FpopIpDp:
+    """The last x87 instruction: opcode, its address, its operand's address."""
+
+    fpop: int = 0
+    fpip: int = 0
+    fpdp: int = 0
+
+
+@dataclass
+class ArchitecturalPmu:
+    """Performance counters and their controls."""
+
+    fixed_ctr_ctrl: int = 0
+    global_ctrl: int = 0
+    global_status: int = 0
+    global_ovf_ctrl: int = 0
+    fixed_counters: list[int] = field(default_factory=_zeros(3))
+    gp_counters: list[int] = field(default_factory=_zeros(18))
+    gp_evtsel: list[int] = field(default_factory=_zeros(18))
+
+
+@dataclass
+class BoundRegister:
+    """An MPX bound register."""
+
+    lb: int = 0
+    ub: int = 0
+
+
+@dataclass
+class Mpx:
+    """Memory protection extensions."""
+
+    bnd_regs: list[BoundRegister] = field(default_factory=lambda: [BoundRegister() for _ in range(4)])
+    cfgu: int = 0
+    sts: int = 0
+    bndcfgs: int = 0
+
+
+@dataclass
+class HypervHypercall:
+    """Hyper-V: who the guest is, and its hypercall page."""
+
+    guest_os_id: int = 0
+    hypercall: int = 0
+
+
+@dataclass
+class HypervSynic:
+    """Hyper-V: the synthetic interrupt controller."""
+
+    control: int = 0
+    evt_page: int = 0
+    msg_page: int = 0
+    sint: list[int] = field(default_factory=_zeros(16))
+
+
+@dataclass
+class HypervStimer:
+    """Hyper-V: the synthetic timers."""
+
+    config: list[int] = field(default_factory=_zeros(4))
+    count: list[int] = field(default_factory=_zeros(4))
+
+
+@dataclass
+class HypervReenlightenment:
+    """Hyper-V: what a guest asked to be told when its TSC changes."""
+
+    control: int = 0
+    tsc_emulation_control: int = 0
+    tsc_emulation_status: int = 0
+
+
+@dataclass
+class Avx512:
+    """The AVX-512 state: mask registers, upper halves of zmm0-15 (4 words each), zmm16-31 (8 words each)."""
+
+    opmask: list[int] = field(default_factory=_zeros(8))
+    zmm_high: list[list[int]] = field(default_factory=_words(16, 4))
+    zmm_hi16: list[list[int]] = field(default_factory=_words(16, 8))
+
+
+@dataclass
+class IntelPt:
+    """Processor trace."""
+
+    ctrl: int = 0
+    status: int = 0
+    output_base: int = 0
+    output_mask: int = 0
+    cr3_match: int = 0
+    addrs: list[int] = field(default_factory=_zeros(8))
+
+
+@dataclass
+class NestedPaging:
+    """The guest's CR3 and the paging mode while a nested guest uses nested paging."""
+
+    nested_cr3: int = 0
+    nested_pg_mode: int = 0
+
+
+@dataclass
+class NestedState:
+    """The head of KVM's nested state."""
+
+    flags: int = 0
+    format: int = 0
+    size: int = 0
+
+
+@dataclass
+class Xfd:
+    """Extended feature disable."""
+
+    xfd: int = 0
+    xfd_err: int = 0
+
+
+@dataclass
+class AmxXtile:
+    """AMX tiles: configuration and data."""
+
+    xtilecfg: bytes = bytes(64)
+    xtiledata: bytes = bytes(8192)
+
+
+@dataclass
+class Fred:
+    """Flexible return and event delivery."""
+
+    rsp0: int = 0
+    rsp1: int = 0
+    rsp2: int = 0
+    rsp3: int = 0
+    stklvls: int = 0
+    ssp1: int = 0
+    ssp2: int = 0
+    ssp3: int = 0
+    config: int = 0
+
+
+@dataclass
+class LbrRecord:
+    """One branch of the last-branch records."""
+
+    from_address: int = 0
+    to_address: int = 0
+    info: int = 0
+
+
+@dataclass
+class ArchLbr:
+    """The last-branch records."""
+
+    ctl: int = 0
+    depth: int = 0
+    records: list[LbrRecord] = field(default_factory=lambda: [LbrRecord() for _ in range(32)])
+
+
+def _reset_segments() -> list[Segment]:
+    """ES, CS, SS, DS, FS, GS after reset: the code segment at the top of the 4 GiB space, the others at 0."""
+    segments = [Segment(flags=0x9300) for _ in range(6)]
+    segments[1] = Segment(0xF000, 0xFFFF0000, 0xFFFF, 0x9B00)
+    return segments
+
+
+def _reset_mce_banks() -> list[int]:
+    """40 registers, four a bank; the first of each of the 10 banks enables everything."""
+    return [_MAX64, 0, 0, 0] * 10
+
+
+@dataclass
+class CpuState:
+    """The registers of one vCPU; the defaults are those of a boot processor after reset."""
+
+    regs: list[int] = field(default_factory=_zeros(16))  # rax rcx rdx rbx rsp rbp rsi rdi r8..r15
+    eip: int = 0xFFF0
+    eflags: int = 0x2
+    hflags: int = 0x40  # see derive_hflags
+    fpuc: int = 0x37F
+    fpus: int = 0
+    fptag: int = 0  # abridged: bit i set = register i holds something
+    fpregs_format: int = 0
+    fpregs: list[FpReg] = field(default_factory=lambda: [FpReg() for _ in range(8)])
+    segs: list[Segment] = field(default_factory=_reset_segments)  # ES CS SS DS FS GS
+    ldt: Segment = field(default_factory=lambda: Segment(flags=0x8200))
+    tr: Segment = field(default_factory=lambda: Segment(flags=0x8B00))
+    gdt: Segment = field(default_factory=Segment)
+    idt: Segment = field(default_factory=Segment)
+    sysenter_cs: int = 0
+    sysenter_esp: int = 0
+    sysenter_eip: int = 0
+    cr0: int = 0x60000010
+    cr2: int = 0
+    cr3: int = 0
+    cr4: int = 0
+    dr: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0xFFFF0FF0, 0x400, 0xFFFF0FF0, 0x400])
+    a20_mask: int = -1
+    mxcsr: int = 0x1F80
+    xmm_low: list[list[int]] = field(default_factory=_words(16, 2))
+    efer: int = 0
+    star: int = 0
+    lstar: int = 0
+    cstar: int = 0
+    fmask: int = 0
+    kernelgsbase: int = 0
+    smbase: int = 0x30000
+    pat: int = 0x0007040600070406
+    hflags2: int = 0x101  # bit 2: NMIs are masked
+    vm_hsave: int = 0
+    vm_vmcb: int = 0
+    tsc_offset: int = 0
+    intercept: int = 0
+    intercept_cr_read: int = 0
+    intercept_cr_write: int = 0
+    intercept_dr_read: int = 0
+    intercept_dr_write: int = 0
+    intercept_exceptions: int = 0
+    v_tpr: int = 0
+    mtrr_fixed: list[int] = field(default_factory=_zeros(11))
+    mtrr_deftype: int = 0
+    mtrr_var: list[MtrrVar] = field(default_factory=lambda: [MtrrVar() for _ in range(8)])
+    interrupt_injected: int = -1  # vector, or -1: zero would be vector 0
+    mp_state: int = 0  # 0 runnable, 1 uninitialised, 2 INIT received, 3 halted, 4 SIPI received
+    tsc: int = 0
+    exception_nr: int = -1
+    soft_interrupt: int = 0
+    nmi_injected: int = 0
+    nmi_pending: int = 0
+    has_error_code: int = 0
+    sipi_vector: int = 0
+    mcg_cap: int = 0x100010A
+    mcg_status: int = 0
+    mcg_ctl: int = _MAX64
+    mce_banks: list[int] = field(default_factory=_reset_mce_banks)
+    tsc_aux: int = 0
+    system_time_msr: int = 0
+    wall_clock_msr: int = 0
+    xcr0: int = 1
+    xstate_bv: int = 0
+    ymm_high: list[list[int]] = field(default_factory=_words(16, 2))
+    # subsections: None when absent
+    error_code: int | None = None
+    exception_info: ExceptionInfo | None = None
+    async_pf_msr: int | None = None
+    async_pf_int_msr: int | None = None
+    async_pv_eoi_msr: int | None = None
+    steal_time_msr: int | None = None
+    poll_control_msr: int | None = None
+    fpop_ip_dp: FpopIpDp | None = None
+    msr_tsc_adjust: int | None = None
+    msr_tscdeadline: int | None = None
+    msr_ia32_misc_enable: int | None = None
+    msr_ia32_feature_control: int | None = None
+    msr_architectural_pmu: ArchitecturalPmu | None = None
+    mpx: Mpx | None = None
+    msr_hyperv_hypercall: HypervHypercall | None = None
+    msr_hyperv_vapic: int | None = None
+    msr_hyperv_time: int | None = None
+    msr_hyperv_crash: list[int] | None = None  # 5 parameters
+    msr_hyperv_runtime: int | None = None
+    msr_hyperv_synic: HypervSynic | None = None
+    msr_hyperv_stimer: HypervStimer | None = None
+    msr_hyperv_reenlightenment: HypervReenlightenment | None = None
+    avx512: Avx512 | None = None
+    xss: int | None = None
+    umwait: int | None = None
+    tsc_khz: int | None = None
+    msr_smi_count: int | None = None
+    pkru: int | None = None
+    pkrs: int | None = None
+    spec_ctrl: int | None = None
+    amd_tsc_scale_msr: int | None = None
+    mcg_ext_ctl: int | None = None
+    intel_pt: IntelPt | None = None
+    virt_ssbd: int | None = None
+    svn_npt: NestedPaging | None = None
+    svm_guest: int | None = None
+    nested_state: NestedState | None = None
+    msr_tsx_ctrl: int | None = None
+    intel_sgx: list[int] | None = None
+    pdptrs: list[int] | None = None
+    msr_xfd: Xfd | None = None
+    msr_hwcr: int | None = None
+    intel_amx_xtile: AmxXtile | None = None
+    fred: Fred | None = None
+    arch_lbr: ArchLbr | None = None
+    triple_fault: int | None = None
+
+
+def derive_hflags(cpu: CpuState, *, smm: bool = False) -> int:
+    """The hflags that QEMU computes from the registers of *cpu*; *smm*: the vCPU is in system management mode."""
+    code, stack = cpu.segs[1], cpu.segs[2]
+    hflags = (stack.flags >> _SEGMENT_DPL_SHIFT & 3) << _HF_CPL_SHIFT
+    hflags |= (cpu.cr0 & _CR0_PE) * _HF_PE
+    hflags |= (cpu.cr0 >> _CR0_MP_SHIFT & 7) << _HF_MP_SHIFT
+    hflags |= cpu.eflags & (_EFLAGS_TF | _EFLAGS_IOPL | _EFLAGS_VM)
+    hflags |= _HF_OSFXSR if cpu.cr4 & _CR4_OSFXSR else 0
+    hflags |= _HF_LMA if cpu.efer & _EFER_LMA else 0
+    hflags |= _HF_SMM if smm else 0
+    if cpu.efer & _EFER_LMA and code.flags & _SEGMENT_L:
+        return hflags | _HF_CS32 | _HF_SS32 | _HF_CS64
+    hflags |= _HF_CS32 if code.flags & _SEGMENT_DB else 0
+    hflags |= _HF_SS32 if stack.flags & _SEGMENT_DB else 0
+    return hflags | (_HF_ADDSEG if _needs_segment_bases(cpu) else 0)
+
+
+def _needs_segment_bases(cpu: CpuState) -> bool:
+    """True outside of 64-bit code when data addresses are not simply offsets."""
+    code = cpu.segs[1]
+    if not cpu.cr0 & _CR0_PE or cpu.eflags & _EFLAGS_VM or not code.flags & _SEGMENT_DB:
+        return True
+    return any(cpu.segs[index].base for index in (0, 2, 3))  # ES, SS, DS
+
+
+# -- the wire
+
+
+_SEGMENT = VMState(
+    "segment",
+    1,
+    (uint32("selector"), uint64("base"), uint32("limit"), uint32("flags")),
+    record=Segment,
+)
+
+_MTRR_VAR = VMState("mtrr_var", 1, (uint64("base"), uint64("mask")), record=MtrrVar)
+
+
+@dataclass
+class _FpRegTmp:
+    """How an x87 register looks on the wire, for the moment of its passage."""
+
+    parent: Any = None
+    tmp_mant: int = 0
+    tmp_exp: int = 0
+
+
+def _fpreg_to_wire(helper: _FpRegTmp) -> None:
+    helper.tmp_mant, helper.tmp_exp = helper.parent.mantissa, helper.parent.exponent
+
+
+def _fpreg_from_wire(helper: _FpRegTmp, version_id: int) -> None:
+    helper.parent.mantissa, helper.parent.exponent = helper.tmp_mant, helper.tmp_exp
+
+
+_FPREG_TMP = VMState(
+    "fpreg_tmp",
+    0,
+    (uint64("tmp_mant"), uint16("tmp_exp")),
+    pre_save=_fpreg_to_wire,
+    post_load=_fpreg_from_wire,
+    record=_FpRegTmp,
+)
+
+_FPREG = VMState("fpreg", 0, (tmp("tmp", _FPREG_TMP),), record=FpReg)
+
+
+def _register_words(name: str, first: int, count: int) -> VMState:
+    """*count* words of a vector register from word *first* on, as a list."""
+    fields = tuple(uint64(f"_q_ZMMReg[{first + index}]", index) for index in range(count))
+    return VMState(name, 1, fields, record=lambda: [0] * count)
+
+
+def _check_loaded(cpu: CpuState, version_id: int) -> None:
+    if cpu.fpregs_format != 0:
+        raise ValueError(f"fpregs_format is {cpu.fpregs_format}, expected 0")
+    nested_flags = cpu.nested_state.flags if cpu.nested_state else 0
+    if bool(cpu.hflags & _HF_GUEST) != bool(nested_flags & _NESTED_GUEST_MODE):
+        raise ValueError(
+            f"hflags {cpu.hflags:#x} and the flags of the nested state {nested_flags:#x} contradict each other"
+        )
+
+
+def _when_any(record: Any) -> bool:
+    """A `needed`: QEMU sends the subsection only when something in it is not zero."""
+    return any(_is_set(value) for value in vars(record).values())
+
+
+def _is_set(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_set, value))
+    return any(map(_is_set, vars(value).values())) if hasattr(value, "__dict__") else bool(value)
+
+
+def _when_not_one(record: Value) -> bool:
+    """A `needed` of registers whose reset value is 1."""
+    return record.value != 1
+
+
+def _msr(attr: str, member: str, needed: Any = when_nonzero) -> Subsection:
+    """A subsection `cpu/attr` that holds one 64-bit register."""
+    return plain_subsection(attr, f"cpu/{attr}", uint64, f"env.{member}", needed=needed)
+
+
+def _record(attr: str, record: Any, *fields: Field, needed: Any = _when_any) -> Subsection:
+    """A subsection `cpu/attr` with a record of its own."""
+    return Subsection(attr, VMState(f"cpu/{attr}", 1, fields, record=record, needed=needed))
+
+
+def _four_words(name: str, attr: str) -> Field:
+    return uint64(name, attr, count=4)
+
+
+def _five_words(name: str, attr: str) -> Field:
+    return uint64(name, attr, count=5)
+
+
+_NESTED_STATE = VMState(
+    "cpu/kvm_nested_state",
+    1,
+    (uint16("flags"), uint16("format"), uint32("size")),
+    record=NestedState,
+)
+
+
+def _nested_state(name: str, attr: str) -> Field:
+    return struct(name, _NESTED_STATE, attr)
+
+
+_LBR_RECORD = VMState(
+    "lbr_records_var",
+    1,
+    (uint64("from", "from_address"), uint64("to", "to_address"), uint64("info")),
+    record=LbrRecord,
+)
+
+_SUBSECTIONS = (
+    plain_subsection("error_code", "cpu/error_code", int32, "env.error_code"),
+    _record(
+        "exception_info",
+        ExceptionInfo,
+        uint8("env.exception_pending"),
+        uint8("env.exception_injected"),
+        uint8("env.exception_has_payload"),
+        uint64("env.exception_payload"),
+        needed=None,
+    ),
+    _msr("async_pf_msr", "async_pf_en_msr"),
+    _msr("async_pf_int_msr", "async_pf_int_msr"),
+    _msr("async_pv_eoi_msr", "pv_eoi_en_msr"),
+    _msr("steal_time_msr", "steal_time_msr"),
+    _msr("poll_control_msr", "poll_control_msr", _when_not_one),
+    _record("fpop_ip_dp", FpopIpDp, uint16("env.fpop"), uint64("env.fpip"), uint64("env.fpdp")),
+    _msr("msr_tsc_adjust", "tsc_adjust"),
+    _msr("msr_tscdeadline", "tsc_deadline"),
+    _msr("msr_ia32_misc_enable", "msr_ia32_misc_enable", _when_not_one),
+    _msr("msr_ia32_feature_control", "msr_ia32_feature_control"),
+    _record(
+        "msr_architectural_pmu",
+        ArchitecturalPmu,
+        uint64("env.msr_fixed_ctr_ctrl", "fixed_ctr_ctrl"),
+        uint64("env.msr_global_ctrl", "global_ctrl"),
+        uint64("env.msr_global_status", "global_status"),
+        uint64("env.msr_global_ovf_ctrl", "global_ovf_ctrl"),
+        uint64("env.msr_fixed_counters", "fixed_counters", count=3),
+        uint64("env.msr_gp_counters", "gp_counters", count=18),
+        uint64("env.msr_gp_evtsel", "gp_evtsel", count=18),
+    ),
+    _record(
+        "mpx",
+        Mpx,
+        struct(
+            "env.bnd_regs",
+            VMState("bnd_regs", 1, (uint64("lb"), uint64("ub")), record=BoundRegister),
+            count=4,
+        ),
+        uint64("env.bndcs_regs.cfgu"),
+        uint64("env.bndcs_regs.sts"),
+        uint64("env.msr_bndcfgs", "bndcfgs"),
+    ),
+    _record(
+        "msr_hyperv_hypercall",
+        HypervHypercall,
+        uint64("env.msr_hv_guest_os_id", "guest_os_id"),
+        uint64("env.msr_hv_hypercall", "hypercall"),
+    ),
+    _msr("msr_hyperv_vapic", "msr_hv_vapic"),
+    _msr("msr_hyperv_time", "msr_hv_tsc"),
+    plain_subsection("msr_hyperv_crash", "cpu/msr_hyperv_crash", _five_words, "env.msr_hv_crash_params"),
+    _msr("msr_hyperv_runtime", "msr_hv_runtime"),
+    _record(
+        "msr_hyperv_synic",
+        HypervSynic,
+        uint64("env.msr_hv_synic_control", "control"),
+        uint64("env.msr_hv_synic_evt_page", "evt_page"),
+        uint64("env.msr_hv_synic_msg_page", "msg_page"),
+        uint64("env.msr_hv_synic_sint", "sint", count=16),
+    ),
+    _record(
+        "msr_hyperv_stimer",
+        HypervStimer,
+        uint64("env.msr_hv_stimer_config", "config", count=4),
+        uint64("env.msr_hv_stimer_count", "count", count=4),
+    ),
+    _record(
+        "msr_hyperv_reenlightenment",
+        HypervReenlightenment,
+        uint64("env.msr_hv_reenlightenment_control", "control"),
+        uint64("env.msr_hv_tsc_emulation_control", "tsc_emulation_control"),
+        uint64("env.msr_hv_tsc_emulation_status", "tsc_emulation_status"),
+    ),
+    _record(
+        "avx512",
+        Avx512,
+        uint64("env.opmask_regs", "opmask", count=8),
+        struct("env.xmm_regs", _register_words("zmmh_reg", 4, 4), "zmm_high", count=16),
+        struct("env.xmm_regs", _register_words("hi16_zmm_reg", 0, 8), "zmm_hi16", count=16),
+    ),
+    _msr("xss", "xss"),
+    plain_subsection("umwait", "cpu/umwait", uint32, "env.umwait", needed=when_nonzero),
+    plain_subsection("tsc_khz", "cpu/tsc_khz", int64, "env.tsc_khz", needed=when_nonzero),
+    _msr("msr_smi_count", "msr_smi_count"),
+    plain_subsection("pkru", "cpu/pkru", uint32, "env.pkru", needed=when_nonzero),
+    plain_subsection("pkrs", "cpu/pkrs", uint32, "env.pkrs", needed=when_nonzero),
+    _msr("spec_ctrl", "spec_ctrl"),
+    _msr("amd_tsc_scale_msr", "amd_tsc_scale_msr", None),
+    _msr("mcg_ext_ctl", "mcg_ext_ctl"),
+    _record(
+        "intel_pt",
+        IntelPt,
+        uint64("env.msr_rtit_ctrl", "ctrl"),
+        uint64("env.msr_rtit_status", "status"),
+        uint64("env.msr_rtit_output_base", "output_base"),
+        uint64("env.msr_rtit_output_mask", "output_mask"),
+        uint64("env.msr_rtit_cr3_match", "cr3_match"),
+        uint64("env.msr_rtit_addrs", "addrs", count=8),
+    ),
+    _msr("virt_ssbd", "virt_ssbd"),
+    _record("svn_npt", NestedPaging, uint64("env.nested_cr3"), uint32("env.nested_pg_mode"), needed=None),
+    plain_subsection("svm_guest", "cpu/svm_guest", uint32, "env.int_ctl"),
+    plain_subsection("nested_state", "cpu/nested_state", _nested_state, "env.nested_state"),
+    plain_subsection("msr_tsx_ctrl", "cpu/msr_tsx_ctrl", uint32, "env.tsx_ctrl"),
+    plain_subsection("intel_sgx", "cpu/intel_sgx", _four_words, "env.msr_ia32_sgxlepubkeyhash"),
+    plain_subsection("pdptrs", "cpu/pdptrs", _four_words, "env.pdptrs"),
+    _record("msr_xfd", Xfd, uint64("env.msr_xfd", "xfd"), uint64("env.msr_xfd_err", "xfd_err"), needed=None),
+    _msr("msr_hwcr", "msr_hwcr"),
+    _record(
+        "fred",
+        Fred,
+        *(uint64(f"env.fred_{name}", name) for name in vars(Fred())),
+        needed=None,
+    ),
+    _record(
+        "intel_amx_xtile",
+        AmxXtile,
+        uint8("env.xtilecfg", count=64),
+        uint8("env.xtiledata", count=8192),
+        needed=None,
+    ),
+    _record(
+        "arch_lbr",
+        ArchLbr,
+        uint64("env.msr_lbr_ctl", "ctl"),
+        uint64("env.msr_lbr_depth", "depth"),
+        struct("env.lbr_records", _LBR_RECORD, "records", count=32),
+        needed=None,
+    ),
+    plain_subsection("triple_fault", "cpu/triple_fault", uint8, "env.triple_fault_pending", needed=when_nonzero),
+)
+
+_FIELDS = (
+    uint64("env.regs", count=16),
+    uint64("env.eip"),
+    uint64("env.eflags"),
+    uint32("env.hflags"),
+    uint16("env.fpuc"),
+    uint16("env.fpus_vmstate", "fpus"),
+    uint16("env.fptag_vmstate", "fptag"),
+    uint16("env.fpregs_format_vmstate", "fpregs_format"),
+    struct("env.fpregs", _FPREG, count=8),
+    struct("env.segs", _SEGMENT, count=6),
+    struct("env.ldt", _SEGMENT),
+    struct("env.tr", _SEGMENT),
+    struct("env.gdt", _SEGMENT),
+    struct("env.idt", _SEGMENT),
+    uint32("env.sysenter_cs"),
+    uint64("env.sysenter_esp"),
+    uint64("env.sysenter_eip"),
+    uint64("env.cr[0]", "cr0"),
+    uint64("env.cr[2]", "cr2"),
+    uint64("env.cr[3]", "cr3"),
+    uint64("env.cr[4]", "cr4"),
+    uint64("env.dr", count=8),
+    int32("env.a20_mask"),
+    uint32("env.mxcsr"),
+    struct("env.xmm_regs", _register_words("xmm_reg", 0, 2), "xmm_low", count=16),
+    uint64("env.efer"),
+    uint64("env.star"),
+    uint64("env.lstar"),
+    uint64("env.cstar"),
+    uint64("env.fmask"),
+    uint64("env.kernelgsbase"),
+    uint32("env.smbase"),
+    uint64("env.pat"),
+    uint32("env.hflags2"),
+    uint64("env.vm_hsave"),
+    uint64("env.vm_vmcb"),
+    uint64("env.tsc_offset"),
+    uint64("env.intercept"),
+    uint16("env.intercept_cr_read"),
+    uint16("env.intercept_cr_write"),
+    uint16("env.intercept_dr_read"),
+    uint16("env.intercept_dr_write"),
+    uint32("env.intercept_exceptions"),
+    uint8("env.v_tpr"),
+    uint64("env.mtrr_fixed", count=11),
+    uint64("env.mtrr_deftype"),
+    struct("env.mtrr_var", _MTRR_VAR, count=8),
+    int32("env.interrupt_injected"),
+    uint32("env.mp_state"),
+    uint64("env.tsc"),
+    int32("env.exception_nr"),
+    uint8("env.soft_interrupt"),
+    uint8("env.nmi_injected"),
+    uint8("env.nmi_pending"),
+    uint8("env.has_error_code"),
+    uint32("env.sipi_vector"),
+    uint64("env.mcg_cap"),
+    uint64("env.mcg_status"),
+    uint64("env.mcg_ctl"),
+    uint64("env.mce_banks", count=40),
+    uint64("env.tsc_aux"),
+    uint64("env.system_time_msr"),
+    uint64("env.wall_clock_msr"),
+    uint64("env.xcr0", version=12),
+    uint64("env.xstate_bv", version=12),
+    struct("env.xmm_regs", _register_words("ymmh_reg", 2, 2), "ymm_high", count=16, version=12),
+)
+
+CPU = VMState(
+    "cpu",
+    12,
+    _FIELDS,
+    minimum_version_id=11,
+    subsections=_SUBSECTIONS,
+    post_load=_check_loaded,
+    record=CpuState,
+)

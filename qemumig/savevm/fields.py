@@ -1,0 +1,710 @@
+"""The kinds of fields a description is made of, and their exact bytes (vmstate.md §2).
+
+    Field = a name on the wire, an attribute of the record, a Kind, and perhaps a count
+
+A Kind knows one element: how it is written, read and described.  A Field knows whether it takes part, how many
+elements there are and where they live in the record.  The count of an array is never on the wire: it is a number
+of the description, or an attribute that was loaded before (`Count`), always with a limit.
+
+Records stay plain.  What their attributes hold:
+
+    bool, intN, uintN        bool, int                       timer         int (ns), None when not armed
+    cpudouble                int: the 64 bits of the double  buffer        bytes
+    bitmap                   int: bit k is element k         struct        a record
+    arrays                   list                            qtailq, qlist list of records
+    array of pointers        list with None for null         gtree         list of (key, record) in key order
+    unused, validate         nothing
+"""
+
+from __future__ import annotations
+
+import struct as binary
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, repeat
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .place import Loading, Saving
+
+if TYPE_CHECKING:
+    from .vmstate import VMState
+
+Description = dict[str, Any]
+Attr = str | int | None  # an attribute of the record, or an index when the record is a list
+
+_TIMER_NOT_ARMED = 0xFFFFFFFFFFFFFFFF
+_NULL_POINTER = 0x30  # ASCII '0' stands for a null pointer in an array
+_NO_LOCAL = object()  # the local record has no such element
+_ONE_MORE, _NO_MORE = b"\x01", b"\x00"  # before each element of a list, and after the last
+
+
+class RepeatedKey(str):
+    """A key that one JSON object holds several times, as QEMU describes lists: each instance is a key of its own."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def get_member(record: Any, attr: str | int) -> Any:
+    """What *record* holds at *attr*."""
+    return record[attr] if isinstance(attr, int) else getattr(record, attr)
+
+
+def set_member(record: Any, attr: str | int, value: Any) -> None:
+    """Store *value* at *attr*; an attribute that the record does not have is a mistake in a description."""
+    if isinstance(attr, int):
+        record[attr] = value
+    else:
+        getattr(record, attr)
+        setattr(record, attr, value)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number of elements, or bytes, taken from another attribute of the same record.
+
+    *maximum* limits the product of the attribute and *times*; the attribute may come from a peer.
+    """
+
+    attr: str
+    maximum: int
+    times: int = 1
+
+    def of(self, record: Any, place: Loading | Saving) -> int:
+        value = get_member(record, self.attr)
+        if not 0 <= value * self.times <= self.maximum:
+            limit = self.maximum // self.times
+            place.refuse(f"{self.attr} is {value}, expected at most {limit} and not negative")
+        return value * self.times
+
+
+def length_of(size: int | Count, record: Any, place: Loading | Saving) -> int:
+    """*size* itself, or what it counts."""
+    return size if isinstance(size, int) else size.of(record, place)
+
+
+class Kind(Protocol):
+    """One element of a field."""
+
+    @property
+    def type(self) -> str:
+        """The name of the kind in the JSON description."""
+
+    @property
+    def compressible(self) -> bool:
+        """True when one description can stand for all elements of an array (vmstate.md §5)."""
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        """Append *value*, a member of *record*; return what the description tells between `type` and `size`."""
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        """Read the value that takes the place of *local* in *record*."""
+
+
+# -- the fields themselves
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of a state: one element, or an array of them."""
+
+    name: str
+    kind: Kind
+    attr: Attr
+    count: int | Count | None = None  # None: no array
+    version: int = 0  # takes part from this version on
+    exists: Callable[[Any, int], bool] | None = None  # decides instead of `version`; sees what is loaded already
+    pointer: bool = False  # elements may be None: a null pointer
+    first: int | None = None  # where the array begins in a longer list; None: it is the whole list
+
+    def takes_part(self, record: Any, version_id: int) -> bool:
+        """True when the field is on the wire in state of that version."""
+        return self.exists(record, version_id) if self.exists else self.version <= version_id
+
+    def save(self, saving: Saving, record: Any, wire_name: str) -> list[Description]:
+        """Append the field of *record*; return its description objects."""
+        saving.path.append((self.name, None))
+        values = self._values(saving, record)
+        elements = []
+        for number, value in enumerate(values):
+            saving.path[-1] = (self.name, None if self.count is None else number)
+            kind = _NULL if value is None and self._may_be_null else self.kind
+            if value is None and self.pointer and kind is not _NULL:
+                saving.refuse("the pointer is null, expected a value")
+            start = len(saving.out)
+            inner = kind.save(saving, value, record)
+            elements.append(_Element(number, kind, inner, len(saving.out) - start))
+        saving.path.pop()
+        return [one for run in self._runs(elements) for one in self._describe(wire_name, run)]
+
+    @property
+    def _may_be_null(self) -> bool:
+        return self.pointer and self.count is not None
+
+    def _values(self, saving: Saving, record: Any) -> Sequence[Any]:
+        """The elements of *record*; an array has as many as its count says."""
+        value = self._local(record)
+        if self.count is None:
+            return (value,)
+        length = length_of(self.count, record, saving)
+        if self.attr is None:
+            return (None,) * length
+        values: Sequence[Any] = value if self.first is None else value[self.first : self.first + length]
+        if len(values) != length:
+            saving.refuse(f"the record holds {len(values)} elements, expected {length}")
+        return values
+
+    def load(self, loading: Loading, record: Any) -> None:
+        """Read the field into *record*."""
+        if self.count is None:
+            loading.path.append((self.name, None))
+            value = self.kind.load(loading, self._local(record), record)
+            loading.path.pop()
+        else:
+            value = self._load_array(loading, record, self.count)
+        if self.attr is not None:
+            set_member(record, self.attr, value)
+
+    def _local(self, record: Any) -> Any:
+        """What the record holds now."""
+        return None if self.attr is None else get_member(record, self.attr)
+
+    def _load_array(self, loading: Loading, record: Any, count: int | Count) -> list[Any]:
+        loading.path.append((self.name, None))
+        length = length_of(count, record, loading)
+        whole = self._local(record) or []
+        first = self.first or 0
+        values = []
+        locals_ = chain(whole[first : first + length], repeat(_NO_LOCAL))
+        for number, local in zip(range(length), locals_, strict=False):
+            loading.path[-1] = (self.name, number)
+            kind = _NULL if local is None and self.pointer else self.kind
+            values.append(kind.load(loading, None if local is _NO_LOCAL else local, record))
+        loading.path.pop()
+        return values if self.first is None else [*whole[:first], *values, *whole[first + length :]]
+
+    # -- description
+
+    def _runs(self, elements: list[_Element]) -> Iterator[list[_Element]]:
+        """Stretches of elements that are described together: null pointers apart from the others."""
+        return (list(run) for _, run in groupby(elements, key=lambda element: element.kind is _NULL))
+
+    def _describe(self, wire_name: str, run: list[_Element]) -> Iterator[Description]:
+        if len(run) > 1 and self.exists is None and run[0].kind.compressible:
+            yield run[0].describe(wire_name, {"array_len": len(run)})
+            return
+        for element in run[:-1]:
+            yield element.describe(wire_name, {"index": element.number})
+        for element in run[-1:]:
+            yield element.describe(wire_name, {})
+
+
+@dataclass(frozen=True)
+class _Element:
+    """An element that was written: what its description says."""
+
+    number: int
+    kind: Kind
+    inner: Description
+    size: int
+
+    def describe(self, wire_name: str, position: dict[str, int]) -> Description:
+        head: Description = {"name": wire_name, **position, "type": self.kind.type}
+        return {**head, **self.inner, "size": self.size}
+
+
+def ordinal_names(fields: Sequence[Field]) -> tuple[str, ...]:
+    """The names the description uses: equal ones are told apart by `[k]`, also where some do not take part."""
+    total = Counter(one.name for one in fields)
+    seen: Counter[str] = Counter()
+    names = []
+    for one in fields:
+        names.append(f"{one.name}[{seen[one.name]}]" if total[one.name] > 1 else one.name)
+        seen[one.name] += 1
+    return tuple(names)
+
+
+# -- kinds of one element
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A big-endian number of *size* bytes."""
+
+    type: str
+    size: int
+    signed: bool = False
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        try:
+            saving.out += index(value).to_bytes(self.size, "big", signed=self.signed)
+        except (OverflowError, TypeError):
+            saving.refuse(f"{value!r} does not fit {self.type}")
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        return int.from_bytes(loading.reader.read(self.size), "big", signed=self.signed)
+
+
+@dataclass(frozen=True)
+class EqualInteger(Integer):
+    """A number that must equal the local one."""
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        offset = loading.reader.offset
+        value = super().load(loading, local, record)
+        if value != local:
+            loading.refuse(f"{value:#x} found, expected the local value {local!r}", offset)
+        return value
+
+
+@dataclass(frozen=True)
+class AtMostInteger(Integer):
+    """A number from 0 up to the local one."""
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        offset = loading.reader.offset
+        value = super().load(loading, local, record)
+        if not 0 <= value <= local:
+            loading.refuse(f"{value} found, expected 0 to the local value {local}", offset)
+        return value
+
+
+@dataclass(frozen=True)
+class Boolean:
+    """One byte; every value but 0 is true."""
+
+    type = "bool"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        saving.out.append(1 if value else 0)
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> bool:
+        return loading.reader.read_u8() != 0
+
+
+@dataclass(frozen=True)
+class Timer:
+    """When a timer expires, in ns of its clock; None when it is not armed."""
+
+    type = "timer"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        number = _TIMER_NOT_ARMED if value is None else value
+        return Integer("timer", 8).save(saving, number, record)
+
+    def load(self, loading: Loading, local: Any, record: Any) -> int | None:
+        value = loading.reader.read_be64()
+        return None if value == _TIMER_NOT_ARMED else value
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Raw bytes; with *partial* they are only a part of the attribute, from byte *start* on."""
+
+    size: int | Count
+    start: int = 0
+    partial: bool = False
+    type = "buffer"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        end = self.start + length_of(self.size, record, saving)
+        if len(value) < end or (len(value) > end and not self.partial):
+            saving.refuse(f"the record holds {len(value)} bytes, expected {end}")
+        saving.out += value[self.start : end]
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> bytes:
+        size = length_of(self.size, record, loading)
+        data = loading.reader.read(size)
+        if not self.partial:
+            return data
+        return bytes(local[: self.start]) + data + bytes(local[self.start + size :])
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Bytes that mean nothing any more: zero when written, anything when read."""
+
+    size: int
+    type = "unused_buffer"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        saving.out += bytes(self.size)
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> None:
+        loading.reader.read(self.size)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """Bits in 64-bit words, the lowest bit of the first word first."""
+
+    bits: Count
+    type = "bitmap"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        bits = self.bits.of(record, saving)
+        if value < 0 or value >> bits:
+            saving.refuse(f"the bitmap holds bit {value.bit_length() - 1}, expected {bits} bits")
+        for word in range(-(-bits // 64)):
+            saving.out += binary.pack(">Q", value >> 64 * word & 0xFFFFFFFFFFFFFFFF)
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> int:
+        bits = self.bits.of(record, loading)
+        words = [loading.reader.read_be64() for _ in range(-(-bits // 64))]
+        value = sum(word << 64 * number for number, word in enumerate(words))
+        return value & (1 << bits) - 1
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A counted string (the configuration section only)."""
+
+    type = "capability"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        data = value.encode()
+        if len(data) > 255:
+            saving.refuse(f"{value!r} is {len(data)} bytes long, a counted string holds 255")
+        saving.out += bytes([len(data)]) + data
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> str:
+        offset = loading.reader.offset
+        data = loading.reader.read(loading.reader.read_u8())
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            loading.refuse(f"{data!r} found, expected UTF-8 text", offset)
+
+
+@dataclass(frozen=True)
+class NullPointer:
+    """The mark of a null pointer in an array: the receiver must have a null pointer there too."""
+
+    type = "nullptr"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        saving.out.append(_NULL_POINTER)
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> None:
+        offset = loading.reader.offset
+        mark = loading.reader.read_u8()
+        if mark != _NULL_POINTER:
+            loading.refuse(f"{mark:#x} found, expected {_NULL_POINTER:#x}: the pointer is null here", offset)
+
+
+_NULL = NullPointer()
+
+
+@dataclass(frozen=True)
+class Validate:
+    """No bytes: a predicate on the record that must hold, on load as on save."""
+
+    holds: Callable[[Any], bool]
+    type = "unknown"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        self._check(saving, record)
+        return {}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> None:
+        self._check(loading, record)
+
+    def _check(self, place: Loading | Saving, record: Any) -> None:
+        if not self.holds(record):
+            place.refuse("the state before it is inconsistent, expected this check to hold")
+
+
+@dataclass(frozen=True)
+class ValidateField(Field):
+    """A check among the fields; the description does not list it."""
+
+    def save(self, saving: Saving, record: Any, wire_name: str) -> list[Description]:
+        super().save(saving, record, wire_name)
+        return []
+
+
+# -- kinds that nest another state
+
+
+@dataclass(frozen=True)
+class Struct:
+    """Another state in the middle of this one, always in its own newest version."""
+
+    vmstate: VMState
+    type = "struct"
+
+    @property
+    def compressible(self) -> bool:
+        if self.vmstate.subsections:
+            return False
+        return all(one.exists is None and one.kind.compressible for one in self.vmstate.fields)
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        return {"struct": self.vmstate.write(saving, value)}
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        inner = self.vmstate.record() if local is None else local
+        self.vmstate.read(loading, inner, self.vmstate.version_id)
+        return inner
+
+
+@dataclass(frozen=True)
+class VersionedStruct:
+    """Another state, in both directions as of *struct_version*."""
+
+    vmstate: VMState
+    struct_version: int
+    type = "vstruct"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        return self.vmstate.write(saving, value, self.struct_version)
+
+    def load(self, loading: Loading, local: Any, record: Any) -> Any:
+        inner = self.vmstate.record() if local is None else local
+        self.vmstate.read(loading, inner, self.struct_version)
+        return inner
+
+
+@dataclass(frozen=True)
+class Temporary:
+    """A state of a helper record that lives only while it is saved or loaded.
+
+    The helper's hooks move what it holds from and to its `parent`, the record that has this field.
+    """
+
+    vmstate: VMState
+    version: int
+    type = "tmp"
+    compressible = True
+
+    def _helper(self, parent: Any) -> Any:
+        helper = self.vmstate.record()
+        helper.parent = parent
+        return helper
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        return self.vmstate.write(saving, self._helper(record))
+
+    def load(self, loading: Loading, local: Any, record: Any) -> None:
+        self.vmstate.read(loading, self._helper(record), self.version)
+
+
+@dataclass(frozen=True)
+class LinkedList:
+    """Elements of one state, each behind a byte 1, and a byte 0 after the last."""
+
+    type: str
+    vmstate: VMState
+    version: int
+    maximum: int
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        described: Description = {}
+        for element in value:
+            saving.out += _ONE_MORE
+            described |= _repeatable(self.vmstate.write(saving, element))
+        saving.out += _NO_MORE
+        return described
+
+    def load(self, loading: Loading, local: Any, record: Any) -> list[Any]:
+        elements: list[Any] = []
+        while loading.reader.read_u8():
+            if len(elements) == self.maximum:
+                loading.refuse(f"the list goes on, expected at most {self.maximum} elements")
+            element = self.vmstate.record()
+            self.vmstate.read(loading, element, self.version)
+            elements.append(element)
+        return elements
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Keys and values in key order, their number first; *key* None: keys are 64-bit numbers."""
+
+    vmstate: VMState
+    key: VMState | None
+    version: int
+    maximum: int
+    type = "gtree"
+    compressible = True
+
+    def save(self, saving: Saving, value: Any, record: Any) -> Description:
+        saving.out += binary.pack(">I", len(value))
+        described: Description = {}
+        for key, element in value:
+            saving.out += _ONE_MORE
+            if self.key is None:
+                _DIRECT_KEY.save(saving, key, record)
+            else:
+                described |= _repeatable(self.key.write(saving, key))
+            described |= _repeatable(self.vmstate.write(saving, element))
+        saving.out += _NO_MORE
+        return described
+
+    def load(self, loading: Loading, local: Any, record: Any) -> list[tuple[Any, Any]]:
+        offset = loading.reader.offset
+        announced = loading.reader.read_be32()
+        if announced > self.maximum:
+            loading.refuse(f"{announced} nodes announced, expected at most {self.maximum}", offset)
+        nodes: list[tuple[Any, Any]] = []
+        while loading.reader.read_u8():
+            if len(nodes) == announced:
+                loading.refuse(f"the tree goes on, expected the {announced} nodes that were announced")
+            nodes.append((self._load_key(loading), self._load_part(loading, self.vmstate)))
+        if len(nodes) != announced:
+            loading.refuse(f"the tree ends after {len(nodes)} nodes, {announced} were announced")
+        return nodes
+
+    def _load_key(self, loading: Loading) -> Any:
+        return loading.reader.read_be64() if self.key is None else self._load_part(loading, self.key)
+
+    def _load_part(self, loading: Loading, vmstate: VMState) -> Any:
+        record = vmstate.record()
+        vmstate.read(loading, record, self.version)
+        return record
+
+
+def _repeatable(state: Description) -> Description:
+    return {RepeatedKey(key): value for key, value in state.items()}
+
+
+# -- constructors: what descriptions are written with
+
+
+def scalar(kind: Kind) -> Callable[..., Field]:
+    """A constructor of fields of one kind: `uint32("env.hflags")`, `uint64("env.regs", count=16)`."""
+
+    def make(name: str, attr: Attr = None, **options: Any) -> Field:
+        return Field(name, kind, _default_attr(name) if attr is None else attr, **options)
+
+    return make
+
+
+def _default_attr(name: str) -> str:
+    """The last part of a member's name: `env.eip` lives in attribute `eip`."""
+    return name.rpartition(".")[2]
+
+
+boolean = scalar(Boolean())
+int8 = scalar(Integer("int8", 1, signed=True))
+int16 = scalar(Integer("int16", 2, signed=True))
+int32 = scalar(Integer("int32", 4, signed=True))
+int64 = scalar(Integer("int64", 8, signed=True))
+uint8 = scalar(Integer("uint8", 1))
+uint16 = scalar(Integer("uint16", 2))
+uint32 = scalar(Integer("uint32", 4))
+uint64 = scalar(Integer("uint64", 8))
+uint8_equal = scalar(EqualInteger("uint8 equal", 1))
+uint16_equal = scalar(EqualInteger("uint16 equal", 2))
+uint32_equal = scalar(EqualInteger("uint32 equal", 4))
+uint64_equal = scalar(EqualInteger("int64 equal", 8))  # QEMU's name for it, although it is unsigned
+int32_equal = scalar(EqualInteger("int32 equal", 4, signed=True))
+int32_le = scalar(AtMostInteger("int32 le", 4, signed=True))
+cpudouble = scalar(Integer("CPU_Double_U", 8))
+timer = scalar(Timer())
+capability = scalar(Capability())
+
+_DIRECT_KEY = Integer("uint64", 8)
+
+
+def buffer(
+    name: str, size: int | Count, attr: Attr = None, *, start: int = 0, partial: bool = False, **options: Any
+) -> Field:
+    """*size* raw bytes; *partial*: they are only the bytes of the attribute from *start* on."""
+    return scalar(Buffer(size, start, partial))(name, attr, **options)
+
+
+def unused(size: int, *, name: str = "unused", **options: Any) -> Field:
+    """*size* bytes without a meaning (times `count`)."""
+    return Field(name, Unused(size), None, **options)
+
+
+def bitmap(name: str, bits: Count, attr: Attr = None, **options: Any) -> Field:
+    """As many bits as another attribute says."""
+    return scalar(Bitmap(bits))(name, attr, **options)
+
+
+def struct(name: str, vmstate: VMState, attr: Attr = None, **options: Any) -> Field:
+    """Another state, or an array of it."""
+    return scalar(Struct(vmstate))(name, attr, **options)
+
+
+def vstruct(name: str, vmstate: VMState, struct_version: int, attr: Attr = None, **options: Any) -> Field:
+    """Another state as of a version of its own."""
+    if not vmstate.accepts(struct_version):
+        raise ValueError(f"{vmstate.name!r} has no version {struct_version}")
+    return scalar(VersionedStruct(vmstate, struct_version))(name, attr, **options)
+
+
+def tmp(name: str, vmstate: VMState, *, version: int = 0, **options: Any) -> Field:
+    """A helper state; its record has an attribute `parent` and hooks that use it."""
+    return Field(name, Temporary(_readable(vmstate, version), version), None, version=version, **options)
+
+
+def validate(name: str, holds: Callable[[Any], bool], **options: Any) -> Field:
+    """A check of what has been loaded so far."""
+    return ValidateField(name, Validate(holds), None, **options)
+
+
+def qtailq(name: str, vmstate: VMState, attr: Attr = None, *, maximum: int, **options: Any) -> Field:
+    """A doubly linked list of at most *maximum* elements."""
+    return _list_field("qtailq", name, vmstate, attr, maximum, options)
+
+
+def qlist(name: str, vmstate: VMState, attr: Attr = None, *, maximum: int, **options: Any) -> Field:
+    """A singly linked list of at most *maximum* elements."""
+    return _list_field("qlist", name, vmstate, attr, maximum, options)
+
+
+def gtree(
+    name: str,
+    vmstate: VMState,
+    attr: Attr = None,
+    *,
+    key: VMState | None = None,
+    maximum: int,
+    **options: Any,
+) -> Field:
+    """A balanced tree of at most *maximum* nodes; keys are numbers, or states of their own."""
+    version = options.get("version", 0)
+    if key is not None:
+        _readable(key, version)
+    return scalar(Tree(_readable(vmstate, version), key, version, maximum))(name, attr, **options)
+
+
+def custom(name: str, kind: Kind, attr: Attr = None, **options: Any) -> Field:
+    """A field whose bytes only the device knows: *kind* writes and reads them."""
+    return scalar(kind)(name, attr, **options)
+
+
+def _list_field(kind: str, name: str, vmstate: VMState, attr: Attr, maximum: int, options: dict[str, Any]) -> Field:
+    version = options.get("version", 0)
+    return scalar(LinkedList(kind, _readable(vmstate, version), version, maximum))(name, attr, **options)
+
+
+def _readable(vmstate: VMState, version: int) -> VMState:
+    """*vmstate*, whose elements are read as of the field's version: it must accept that (vmstate.md §4)."""
+    if not vmstate.accepts(version):
+        raise ValueError(f"{vmstate.name!r} cannot be read as of version {version}, its field's version")
+    return vmstate

@@ -1,0 +1,280 @@
+"""Every way in which a precopy can end, on machines without KVM: where the guest runs then, and what stays behind.
+
+The rows are those of state-machine.md §5.  The moment of a cut is a byte of the stream, chosen all over it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from qemumig.channels.address import InetAddress
+from qemumig.errors import StateError
+from qemumig.qapi import RunState
+from qemumig.savevm import commands
+from tests.support.pair import Cut, Pair, wait_for
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> object:
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("manual_clear", [True, False], ids=["manual-clear", "plain-log"])
+def test_the_guest_moves(manual_clear: bool) -> None:
+    with Pair(manual_clear=manual_clear) as pair:
+        wait_for(lambda: pair.source.guest.passes > 1, "the guest to warm up")
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        pair.assert_guest_at("destination")
+        assert pair.source.runstate is RunState.POSTMIGRATE
+        assert pair.events["source"][:3] == [("MIGRATION", "setup"), ("MIGRATION_PASS", 1), ("MIGRATION", "active")]
+        assert pair.events["source"][-3][1] == "device" and pair.events["source"][-1] == ("MIGRATION", "completed")
+        assert pair.events["destination"] == [("MIGRATION", word) for word in ("setup", "active", "completed")]
+        with pytest.raises(StateError, match="Can't migrate the vm that was paused due to previous migration"):
+            pair.start()
+
+
+@pytest.mark.parametrize("manual_clear", [True, False], ids=["manual-clear", "plain-log"])
+def test_memory_and_devices_of_a_stopped_guest_are_the_same_afterwards(manual_clear: bool) -> None:
+    with Pair(running=False, manual_clear=manual_clear) as pair:
+        pair.source.runstate = RunState.PAUSED
+        pair.source.records["cpu", 0].regs = list(range(16))
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        assert pair.source.digests() == pair.destination.digests()
+        assert pair.source.records == pair.destination.records
+        assert pair.destination.runstate is RunState.PAUSED
+        assert pair.running == []
+
+
+def test_without_a_return_path_the_source_believes_its_last_write() -> None:
+    with Pair(capabilities={"return-path": False}) as pair:
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        pair.assert_guest_at("destination")
+        assert pair.link.passed[1] == 0
+
+
+def stream_length() -> int:
+    with Pair() as pair:
+        pair.migrate()
+        return pair.link.passed[0]
+
+
+@pytest.mark.parametrize("how", ["reset", "end"])
+def test_a_cut_before_the_last_byte_leaves_the_guest_at_the_source(how: str) -> None:
+    chance = random.Random(1)
+    length = stream_length()
+    moments = [1, 8, 9, 30, *(chance.randrange(1, length // 2) for _ in range(16))]
+    for after in moments:
+        with Pair(cut=Cut(after, how)) as pair:
+            pair.migrate()
+            assert pair.statuses == ("failed", "failed"), f"cut after {after} bytes"
+            pair.assert_guest_at("source")
+            assert pair.migration.query()["error-desc"]
+            assert pair.incoming.query()["error-desc"]
+            assert pair.destination.loads == 0, "no device state took effect"
+
+
+def test_a_cut_during_the_switchover_never_lets_two_sides_run() -> None:
+    """A paused guest makes the stream's length exact, so that cuts can be put around its last write."""
+    with Pair(running=False) as pair:
+        pair.migrate()
+        length = pair.link.passed[0]
+        last_write = len(pair.link.tail) - pair.link.tail.rindex(b'{"configuration"') + 6
+    for how in ("reset", "end"):
+        for after in (length - last_write - 1, length - last_write, length - last_write // 2, length - 1):
+            with Pair(running=False, cut=Cut(after, how)) as pair:
+                pair.migrate()
+                assert pair.statuses == ("failed", "failed")
+                assert pair.destination.loads == 0
+                if after > length - last_write and how == "reset":  # in the middle of the last write: nobody can tell
+                    assert pair.source.runstate is RunState.POSTMIGRATE
+                    assert "use 'cont'" in pair.migration.query()["error-desc"]
+                else:
+                    assert pair.source.runstate is RunState.PRELAUNCH
+
+
+def test_a_word_that_is_lost_leaves_the_source_stopped_and_says_so() -> None:
+    with Pair() as pair:
+        pair.migrate()
+        back = pair.link.passed[1]
+    with Pair(cut=Cut(back - 1, "reset", backwards=True)) as pair:
+        pair.migrate()
+        assert pair.migration.status.value == "failed"
+        assert pair.source.runstate is RunState.POSTMIGRATE
+        assert "use 'cont'" in pair.migration.query()["error-desc"]
+        assert "source" not in pair.running
+
+
+class FakePeer:
+    """A destination that says on the return path what a test wants it to say."""
+
+    def __init__(self, answer: bytes, *, close: bool = True) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self._answer = answer
+        self._close = close
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+        self.done = threading.Event()
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        data = b""
+        while b'"devices"' not in data[-200000:] or not data.endswith(b"}"):
+            more = connection.recv(1 << 20)
+            if not more:
+                break
+            data += more
+            for ping in (1, 0x10):  # the last one comes behind the last section
+                if data.endswith(commands.encode_command(commands.Ping(ping))):
+                    connection.sendall(commands.encode_return_message(commands.Pong(ping)))
+        connection.sendall(self._answer)
+        if not self._close:
+            self.done.wait(10)
+        connection.close()
+
+    def close(self) -> None:
+        self.done.set()
+        self.thread.join()
+        self.listener.close()
+
+
+def migrate_to(peer: FakePeer, pair: Pair) -> None:
+    pair.link.port = peer.port
+    pair.start()
+
+
+REFUSALS = {
+    "clean end": b"",
+    "SHUT 1": commands.encode_return_message(commands.Shut(1)),
+    "PONG and SHUT 7": commands.encode_return_message(commands.Pong(99))
+    + commands.encode_return_message(commands.Shut(7)),
+}
+
+
+@pytest.mark.parametrize("answer", REFUSALS)
+def test_a_destination_that_refuses_gives_the_guest_back(answer: str) -> None:
+    with Pair() as pair:
+        peer = FakePeer(REFUSALS[answer])
+        migrate_to(peer, pair)
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        peer.close()
+        assert pair.migration.status.value == "failed"
+        pair.assert_guest_at("source")
+        if answer != "clean end":
+            assert f"Sibling indicated error {answer[-1]}" in pair.migration.query()["error-desc"]
+
+
+NOISE = {
+    "unknown message": b"\x00\x63\x00\x00",
+    "too long": b"\x00\x01\xff\xff",
+    "half a message": commands.encode_return_message(commands.Shut(0))[:5],
+    "wrong length": b"\x00\x01\x00\x02\x00\x00",
+    "resume out of place": commands.encode_return_message(commands.ResumeAck()),
+}
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_noise_instead_of_a_word_is_not_taken_for_one(noise: str) -> None:
+    with Pair() as pair:
+        peer = FakePeer(NOISE[noise])
+        migrate_to(peer, pair)
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        peer.close()
+        assert pair.migration.status.value == "failed"
+        assert "use 'cont'" in pair.migration.query()["error-desc"]
+        assert pair.running == [] and pair.source.runstate is RunState.POSTMIGRATE
+
+
+def test_a_cancel_at_any_moment_ends_with_the_guest_in_one_place() -> None:
+    chance = random.Random(2)
+    ends = set()
+    for _ in range(40):
+        with Pair() as pair:
+            pair.start()
+            time.sleep(chance.random() * 0.03)
+            pair.migration.cancel()
+            pair.wait()
+            ends.add(pair.statuses)
+            assert pair.statuses in {("cancelled", "failed"), ("completed", "completed")}
+            pair.assert_guest_at("source" if pair.statuses[0] == "cancelled" else "destination")
+    assert ("cancelled", "failed") in ends
+
+
+def test_a_cancel_after_the_last_byte_waits_for_the_word() -> None:
+    with Pair() as pair:
+        peer = FakePeer(b"", close=False)
+        migrate_to(peer, pair)
+        wait_for(lambda: pair.migration.status.value == "device", "the switchover")
+        wait_for(lambda: not peer.thread.is_alive() or pair.migration._attempt._committed, "the last write")
+        pair.migration.cancel()
+        assert pair.migration.status.value == "cancelling"
+        assert pair.running == []
+        peer.close()  # a clean end: the destination has not started
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        assert pair.migration.status.value == "cancelled"
+        pair.assert_guest_at("source")
+
+
+def test_a_peer_that_stops_reading_does_not_hold_a_cancel() -> None:
+    with Pair(ram_size=32 << 20) as pair, socket.create_server(("127.0.0.1", 0)) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        pair.link.port = deaf.getsockname()[1]
+        pair.start()
+        connection, _ = deaf.accept()
+        wait_for(lambda: pair.migration.status.value == "active", "the rounds")
+        pair.migration.cancel()
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        assert pair.migration.status.value == "cancelled"
+        pair.assert_guest_at("source")
+        connection.close()
+
+
+def test_a_source_migrates_again_after_a_failure_and_so_does_the_destination() -> None:
+    with Pair(cut=Cut(100000)) as pair:
+        pair.migrate()
+        assert pair.statuses == ("failed", "failed")
+        pair.incoming.listen(InetAddress("127.0.0.1", "0"))
+        pair.link.port = int(pair.incoming.query()["socket-address"][0]["port"])
+        pair.start()
+        pair.wait()
+        assert pair.statuses == ("completed", "completed")
+        pair.assert_guest_at("destination")
+
+
+def test_a_failed_load_ends_the_process_unless_told_otherwise() -> None:
+    with Pair(cut=Cut(5000), exit_on_error=True) as pair:
+        pair.migrate()
+        wait_for(lambda: bool(pair.failures), "the process to be ended")
+        (message,) = pair.failures
+        assert message.startswith("load of migration failed: ")
+
+
+def test_the_rate_limit_holds() -> None:
+    limit = 4 << 20
+    with Pair(parameters={"max-bandwidth": limit}, ram_size=8 << 20, running=False) as pair:
+        start = time.monotonic()
+        pair.migrate()
+        elapsed = time.monotonic() - start
+        assert pair.statuses == ("completed", "completed")
+        assert pair.link.passed[0] <= limit * (elapsed + 0.2) + (1 << 20), "no window was overdrawn by much"
+
+
+def test_a_destination_that_is_stopped_keeps_the_guest_stopped() -> None:
+    with Pair() as pair:
+        pair.incoming.set_autostart(False)
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        assert pair.destination.runstate is RunState.PAUSED
+        assert pair.running == []
