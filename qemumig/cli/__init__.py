@@ -1,0 +1,58 @@
+"""`qemumig`: the front door for people.
+
+    qemumig demo        a running guest moves from VMM to VMM and back, watched and checked
+
+One module per command: `add_arguments(parser)` says what it takes, `run(args)` does it and returns the exit status.
+They drive VMM processes from outside, over QMP, and so work with qemumig-system and a real QEMU alike:
+
+    qmp        the client                    vmm       a VMM process, its serial port, one migration
+    guest      the tiny guest's parameters   progress  rounds, and how they are drawn
+    interrupts signals in good order         demo      the command
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from importlib import metadata
+
+COMMANDS = {  # module of this package: what `--help` says
+    "demo": "migrate a guest that never rests, watch it, and prove that nothing was lost",
+}
+
+
+def version() -> str:
+    """The installed version; a tree that runs without being installed says so."""
+    try:
+        return metadata.version("qemumig")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `qemumig` with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qemumig",
+        description="QEMU's live migration, written anew: tools to see, measure and test it.",
+        epilog="The hypervisor itself is qemumig-system; it takes QEMU's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"qemumig {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"{__name__}.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `qemumig` command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    status: int = args.run(args)
+    return status

@@ -158,8 +158,7 @@ def migrate_to(peer: FakePeer, pair: Pair) -> None:
 REFUSALS = {
     "clean end": b"",
     "SHUT 1": commands.encode_return_message(commands.Shut(1)),
-    "PONG and SHUT 7": commands.encode_return_message(commands.Pong(99))
-    + commands.encode_return_message(commands.Shut(7)),
+    "PONG and SHUT 7": commands.encode_return_message(commands.Pong(99)) + commands.encode_return_message(commands.Shut(7)),
 }
 
 

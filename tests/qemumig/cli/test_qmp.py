@@ -10,9 +10,7 @@ import pytest
 
 from qemumig.cli.qmp import QmpClient, QmpError
 
-GREETING = (
-    b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "x"}, "capabilities": []}}\r\n'
-)
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "x"}, "capabilities": []}}\r\n'
 Connected = tuple[QmpClient, socket.socket]
 
 
@@ -51,8 +49,7 @@ def test_command_gives_the_result_and_keeps_events_in_order(connect: Callable[..
 
 def test_waiting_takes_the_event_with_the_wanted_data(connect: Callable[..., Connected]) -> None:
     client, _ = connect(
-        b'{"event": "MIGRATION", "data": {"status": "setup"}}\r\n'
-        b'{"event": "MIGRATION", "data": {"status": "active"}}\r\n'
+        b'{"event": "MIGRATION", "data": {"status": "setup"}}\r\n{"event": "MIGRATION", "data": {"status": "active"}}\r\n'
     )
     assert client.wait_event("MIGRATION", 5, status="active")["data"] == {"status": "active"}
     assert [event["data"]["status"] for event in client.events] == ["setup"]

@@ -35,6 +35,15 @@ def test_program_that_ends_at_once_is_told_with_its_last_words(directory: Path) 
 
 
 @pytest.mark.usefixtures("no_leaks")
+def test_program_that_ends_while_its_monitor_is_asked_is_told_so(stage: Stage, qemu: str) -> None:
+    vmm = stage.vmm("src", qemu)
+    vmm.process.kill()
+    with pytest.raises(VmmError, match="src ended with status -9"):
+        vmm.command("query-status")
+    stage.close()
+
+
+@pytest.mark.usefixtures("no_leaks")
 def test_serial_log_counts_what_comes(directory: Path) -> None:
     log = SerialLog("x", directory / "serial")
     assert not log.wait_more(1, timeout=0)

@@ -1,0 +1,466 @@
+"""The machine: RAM, a board of devices, vCPUs, and the run state they share.  Fulfils qemumig.machine.Machine.
+
+                      start                         stop(state)
+    prelaunch ──────────▶ running ─────────────────────────▶ paused, finish-migrate, …
+    inmigrate ──────────▶    │                                   │ set_runstate
+        │                    │ a vCPU cannot go on               ▼
+        └─▶ paused, …        └──▶ internal-error             postmigrate, …   ─── start ──▶ running
+
+    vCPU thread ─ exit ─▶ port or memory bus ─▶ device
+                └ what stops everybody (reset, failure) ─▶ `vm/control`, for a vCPU cannot wait for itself
+
+A guest that resets itself (a triple fault is this machine's only way) is reset by `vm/control`; when a stop comes first,
+the stop does it, so that a half-reset guest is never saved.
+
+Threads   `stop`, `start`, `reset`, save and load: any thread but a vCPU's, one at a time (the transition lock).  Handling
+          an exit never takes that lock, so whoever holds it may wait for vCPUs.  `vm/control` is started and joined here,
+          vCPU threads by their processors.
+Holds     (1) the run state is RUNNING exactly while vCPUs may run
+          (2) the run state changes in `_enter`, along NEXT, and nowhere else
+          (3) clocks are noted after the last vCPU has stopped and set before the first one runs
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from qemumig.errors import MachineError, StateError
+from qemumig.machine import DeviceSection
+from qemumig.qapi import RunState
+
+from .boot import load_firmware
+from .config import MachineConfig
+from .cpuid import CpuModel, host_brand
+from .devices.board import Board
+from .devices.bus import Bus
+from .devices.memory import GuestMemory
+from .devices.processor import Processor
+from .diagnostics import Diagnostics
+from .dirty import MachineDirtyLog
+from .dirty_log import DirtyLog
+from .errors import KvmError
+from .memory import HostMemory
+from .state.host import HostState
+from .structs import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from .system import Kvm
+from .vcpu import (
+    Exit,
+    FailEntryExit,
+    InternalErrorExit,
+    IoExit,
+    MmioExit,
+    ShutdownExit,
+    SystemEventExit,
+)
+
+IDENTITY_MAP_ADDRESS = 0xFEFFC000
+TSS_ADDRESS = 0xFEFFD000
+PAGE_SIZE = 4096
+
+Emit = Callable[[str, dict | None], None]
+
+_STOPPED = frozenset(RunState) - {RunState.RUNNING, RunState.INMIGRATE, RunState.PRECONFIG}
+_IN_TRANSIT = frozenset({RunState.INMIGRATE, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.RESTORE_VM})
+_DEAD = frozenset({RunState.INTERNAL_ERROR, RunState.SHUTDOWN, RunState.GUEST_PANICKED})
+
+# Where each run state may lead; the same state again is always allowed.
+NEXT: dict[RunState, frozenset[RunState]] = {
+    RunState.RUNNING: _STOPPED - {RunState.PRELAUNCH, RunState.POSTMIGRATE},
+    RunState.INMIGRATE: frozenset(RunState) - {RunState.PRECONFIG},
+    **{state: _STOPPED | {RunState.RUNNING} for state in _STOPPED - _DEAD},
+    # Only a reset leads back into life.
+    **{state: frozenset({RunState.PRELAUNCH, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE}) for state in _DEAD},
+}
+
+
+class MicroVM:
+    """A microvm of *config*; *emit* is told of events by their QMP names, from any thread.
+
+    Made stopped: `prelaunch`, or `inmigrate` with empty memory when the configuration says incoming.  Raises KvmError,
+    FirmwareError, CpuModelError, MachineError; nothing is left behind then.
+
+    on_shutdown     called once the guest has ended, in `vm/control`; None: the machine stays, in run state `shutdown`
+    reboots         False: a guest that resets itself is shut down instead
+    """
+
+    machine_type = "microvm"
+
+    def __init__(self, config: MachineConfig, emit: Emit, warn: Callable[[str], None] | None = None) -> None:
+        # Set before any thread starts.
+        self.uuid = config.uuid
+        self.on_shutdown: Callable[[bool, str], None] | None = None
+        self.reboots = True
+        self._config = config
+        self._emit = emit
+        self._warn = warn or Diagnostics().say
+        self._firmware = load_firmware(config.bios)
+        self._closers = ExitStack()
+        # Under the transition lock; the run state is read without it.
+        self._transition = threading.RLock()
+        self._runstate = RunState.INMIGRATE if config.incoming else RunState.PRELAUNCH
+        # Set by vCPU threads, cleared under the transition lock.
+        self._guest_wants_reset = False
+        self._failure: str | None = None
+        # To `vm/control`.
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._control = threading.Thread(target=self._do_work, name="vm/control", daemon=True)
+        with ExitStack() as undo:
+            undo.callback(self._closers.close)
+            self._build()
+            undo.pop_all()
+
+    # -- construction
+
+    def _build(self) -> None:
+        config, closers = self._config, self._closers
+        kvm = closers.enter_context(Kvm())
+        supported = kvm.supported_cpuid()
+        model = CpuModel(config.cpu_model, config.cpu_features, supported, host_brand=host_brand())
+        for warning in model.warnings:
+            self._warn(f"warning: {warning}")
+        memory_closer = closers.enter_context(ExitStack())  # guest memory outlives the VM that maps it
+        self._vm = closers.enter_context(kvm.create_vm())
+        self._vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+        self._vm.set_tss_address(TSS_ADDRESS)
+        log = DirtyLog(self._vm, manual=config.manual_dirty_log)
+        host = HostState.of(self._vm, model, supported)
+
+        ram = config.ram_backend or HostMemory.anonymous(-(-config.ram_size // PAGE_SIZE) * PAGE_SIZE)
+        memory_closer.callback(ram.close)
+        self._memory = GuestMemory(self._vm, ram, config.ram_idstr, len(self._firmware))
+        memory_closer.callback(self._memory.close)
+        self.ram_blocks = self._memory.blocks
+        self.dirty_log = MachineDirtyLog(log, self._memory.logged_slots)
+        self._memory.report_writes_to(self.dirty_log.mark)
+
+        self._board = Board(self._vm, config, self._memory)
+        self._processors = [self._make_processor(index, model, host) for index in range(config.cpus)]
+        if not config.incoming:
+            self._reset_everything()
+        for processor in self._processors:
+            processor.thread.start()
+            closers.callback(processor.thread.stop)
+        self._control.start()
+        closers.callback(self._end_control)
+
+    def _make_processor(self, index: int, model: CpuModel, host: HostState) -> Processor:
+        return Processor(
+            self._vm,
+            index,
+            self._config.cpus,
+            model,
+            host,
+            handle_exit=self._handle_exit,
+            on_error=self._on_thread_error,
+            warn=self._warn,
+        )
+
+    def close(self) -> None:
+        """End all threads and give everything back; twice is allowed."""
+        self._end_control()  # before the lock: what it does takes the lock
+        with self._transition:
+            self._closers.close()
+
+    # -- run state
+
+    @property
+    def runstate(self) -> RunState:
+        """What the machine is doing now."""
+        return self._runstate
+
+    @property
+    def running(self) -> bool:
+        """True while vCPUs may run."""
+        return self._runstate is RunState.RUNNING
+
+    def stop(self, state: RunState) -> None:
+        """Stop every vCPU and enter *state*; a machine that is stopped already only changes its state.
+
+        Event STOP, once for each time the machine ran.  StateError when the state cannot follow.
+        """
+        with self._transition:
+            self._require_next(state)
+            if not self.running or state is RunState.RUNNING:
+                self._enter(state)
+                return
+            self._pause()
+            self._carry_out_guest_reset()
+            with _kvm_refusals("stopping the machine"):
+                self._board.stop()
+            for processor in self._processors:
+                processor.note_stop()
+            self._enter(state)
+            self._emit("STOP", None)
+
+    def start(self) -> None:
+        """Let the vCPUs run; event RESUME.  Nothing happens when they do already."""
+        with self._transition:
+            if self.running:
+                return
+            self._require_next(RunState.RUNNING)
+            if self._failure is not None:
+                raise MachineError(f"the machine has failed and has to be reset first: {self._failure}")
+            with _kvm_refusals("starting the machine"):
+                self._board.start()
+            for processor in self._processors:
+                processor.note_start()
+            self._enter(RunState.RUNNING)
+            self._emit("RESUME", None)
+            self._resume()
+
+    def set_runstate(self, state: RunState) -> None:
+        """Rename the state of a machine that is stopped."""
+        with self._transition:
+            if self.running or state is RunState.RUNNING:
+                raise StateError(
+                    f"the machine is {self._runstate.value}, only a stopped one can be called {state.value}",
+                    state=self._runstate,
+                    required=state,
+                )
+            self._enter(state)
+
+    def reset(self) -> None:
+        """Begin again from power-on, RAM untouched; a running machine runs on, a stopped one is `prelaunch` then."""
+        with self._transition:
+            if self.running:
+                self._pause()
+                self._reset_everything()
+                self._resume()
+            else:
+                self._reset_everything()
+                if self._runstate not in _IN_TRANSIT:
+                    self._enter(RunState.PRELAUNCH)
+
+    def request_shutdown(self, guest: bool, reason: str) -> None:
+        """The machine is to end, by its *guest*'s wish or another's; *reason* as QMP spells it.  Any thread."""
+        self._work.put(lambda: self._shut_down(guest, reason))
+
+    def _require_next(self, state: RunState) -> None:
+        if state is not self._runstate and state not in NEXT.get(self._runstate, ()):
+            raise StateError(
+                f"the machine is {self._runstate.value} and cannot become {state.value}",
+                state=self._runstate,
+                required=state,
+            )
+
+    def _enter(self, state: RunState) -> None:
+        """The one place where the run state changes."""
+        self._require_next(state)
+        self._runstate = state
+
+    # -- vCPUs, all at once; under the transition lock
+
+    def _pause(self) -> None:
+        """Kick all first, then wait: they stop together."""
+        for processor in self._processors:
+            processor.thread.request_pause()
+        for processor in self._processors:
+            processor.thread.wait_paused()
+
+    def _resume(self) -> None:
+        for processor in self._processors:
+            processor.thread.resume()
+
+    def _reset_everything(self) -> None:
+        self._guest_wants_reset = False
+        self._failure = None
+        with _kvm_refusals("resetting the machine"):
+            self._board.reset(self._firmware)
+        for processor in self._processors:
+            processor.reset()
+
+    def _carry_out_guest_reset(self) -> None:
+        """Reset if the guest wanted it; no vCPU runs."""
+        if self._guest_wants_reset:
+            self._reset_everything()
+            self._emit("RESET", {"guest": True, "reason": "guest-reset"})
+
+    def vcpu_thread_ids(self) -> list[int]:
+        """The kernel's numbers of the vCPU threads."""
+        return [processor.thread.thread_id or 0 for processor in self._processors]
+
+    # -- exits; in the vCPU's thread
+
+    def _handle_exit(self, processor: Processor, exit: Exit) -> None:
+        kind = type(exit)
+        if kind is IoExit:
+            _access_ports(self._board.ports, exit)  # type: ignore[arg-type]
+        elif kind is MmioExit:
+            _access_memory(self._board.mmio, exit)  # type: ignore[arg-type]
+        else:
+            self._handle_rare_exit(processor, exit)
+
+    def _handle_rare_exit(self, processor: Processor, exit: Exit) -> None:
+        """Exits after which this vCPU cannot simply go on: it parks itself."""
+        processor.thread.request_pause()
+        if isinstance(exit, ShutdownExit) or (isinstance(exit, SystemEventExit) and exit.type == KVM_SYSTEM_EVENT_RESET):
+            self._want_guest_reset()
+        elif isinstance(exit, SystemEventExit) and exit.type == KVM_SYSTEM_EVENT_SHUTDOWN:
+            self.request_shutdown(True, "guest-shutdown")
+        else:
+            self._fail(processor, f"{_describe(exit)} at RIP {processor.vcpu.get_regs().rip:#x}")
+
+    def _on_thread_error(self, processor: Processor, error: BaseException) -> None:
+        self._fail(processor, f"{type(error).__name__}: {error}")
+
+    def _want_guest_reset(self) -> None:
+        self._guest_wants_reset = True
+        self._work.put(self._reset_for_guest)
+
+    def _fail(self, processor: Processor, what: str) -> None:
+        self._failure = f"vCPU {processor.index}: {what}"
+        self._work.put(self._stop_after_failure)
+
+    # -- `vm/control`
+
+    def _do_work(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except Exception as error:
+                self._warn(f"the machine could not be stopped or reset: {error}")
+
+    def _end_control(self) -> None:
+        if self._control.is_alive():
+            self._work.put(None)
+            self._control.join()
+
+    def _reset_for_guest(self) -> None:
+        with self._transition:
+            if not (self._guest_wants_reset and self.running):
+                return  # a stop, or a reset from outside, was first
+            if not self.reboots:
+                self._guest_wants_reset = False
+                self._shut_down(True, "guest-reset")
+                return
+            self._pause()
+            self._carry_out_guest_reset()
+            self._resume()
+
+    def _stop_after_failure(self) -> None:
+        with self._transition:
+            if self._failure is None:
+                return  # a reset was first
+            self._warn(self._failure)
+            if self.running:
+                self.stop(RunState.INTERNAL_ERROR)
+
+    def _shut_down(self, guest: bool, reason: str) -> None:
+        self._emit("SHUTDOWN", {"guest": guest, "reason": reason})
+        self.stop(RunState.SHUTDOWN)
+        if self.on_shutdown is not None:
+            self.on_shutdown(guest, reason)
+
+    # -- migration
+
+    def sections(self) -> Sequence[DeviceSection]:
+        """Every device section this machine can send or take, in QEMU's order (machine.md §4)."""
+        board = self._board
+        sections = [one.section for one in board.first_sections]
+        for processor in self._processors:
+            sections += [processor.common_section, processor.cpu_section]
+            if processor.index == 0:
+                sections += [one.section for one in board.sections_after_first_cpu]
+            sections.append(processor.apic_section)
+        return [*sections, *(one.section for one in board.last_sections)]
+
+    def save_device_state(self) -> Sequence[tuple[DeviceSection, Any]]:
+        """The records of all sections, in that order; StateError while the machine runs."""
+        with self._transition:
+            self._require_stopped("saved")
+            if self._failure is not None:
+                raise MachineError(f"the machine has failed and cannot be saved: {self._failure}")
+            board = self._board
+            with _kvm_refusals("saving device state"):
+                saved = [(one.section, one.save()) for one in board.first_sections]
+                for processor in self._processors:
+                    common, cpu, apic = processor.save()
+                    saved += [(processor.common_section, common), (processor.cpu_section, cpu)]
+                    if processor.index == 0:
+                        saved += [(one.section, one.save()) for one in board.sections_after_first_cpu]
+                    saved.append((processor.apic_section, apic))
+                saved += [(one.section, one.save()) for one in board.last_sections]
+            return saved
+
+    def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
+        """Put *loaded* into effect: APICs first, then devices, then the vCPUs' registers.
+
+        The machine is stopped; when KVM refuses something (MachineError), it is of no further use but to be reset.
+        """
+        with self._transition:
+            self._require_stopped("loaded")
+            loads = [(*self._loader(section), record) for section, record in loaded]
+            with _kvm_refusals("loading device state"):
+                for _, load, record in sorted(loads, key=lambda one: one[0]):  # stable: of two alike the last one wins
+                    load(record)
+            self._memory.not_fresh()
+
+    def discard_ram(self) -> None:
+        """Forget all guest memory that is ours alone: it reads as zeroes again."""
+        with self._transition, _kvm_refusals("discarding RAM"):
+            self._require_stopped("emptied")
+            self._memory.discard()
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        """*size* bytes at guest-physical *address*; where there is no RAM they are zero.  Any thread."""
+        return self._memory.read_or_zeroes(address, size)
+
+    def _require_stopped(self, what: str) -> None:
+        if self.running:
+            raise StateError(f"the machine is running, it must be stopped to be {what}", state=self._runstate)
+
+    def _loader(self, section: DeviceSection) -> tuple[int, Callable[[Any], None]]:
+        """When a section is loaded, and by whom."""
+        wanted = section.idstr, section.instance_id
+        board = self._board
+        for one in (*board.first_sections, *board.sections_after_first_cpu, *board.last_sections):
+            if wanted == (one.section.idstr, one.section.instance_id):
+                return 1, one.load
+        for processor in self._processors:
+            if wanted == (processor.apic_section.idstr, processor.index):
+                return 0, processor.load_apic
+            if wanted == (processor.common_section.idstr, processor.index):
+                return 1, processor.load_common
+            if wanted == (processor.cpu_section.idstr, processor.index):
+                return 2, processor.load_cpu
+        raise MachineError(f"this machine has no section {section.idstr!r} instance {section.instance_id}")
+
+
+def _access_ports(ports: Bus, exit: IoExit) -> None:
+    """One port instruction, which may move several items (INS and OUTS)."""
+    size, data = exit.size, exit.data
+    for start in range(0, size * exit.count, size):
+        item = data[start : start + size]
+        if exit.is_write:
+            ports.write(exit.port, size, int.from_bytes(item, "little"))
+        else:
+            item[:] = ports.read(exit.port, size).to_bytes(size, "little")
+
+
+def _access_memory(mmio: Bus, exit: MmioExit) -> None:
+    if exit.is_write:
+        mmio.write(exit.address, exit.size, int.from_bytes(exit.data, "little"))
+    else:
+        exit.data[:] = mmio.read(exit.address, exit.size).to_bytes(exit.size, "little")
+
+
+def _describe(exit: Exit) -> str:
+    if isinstance(exit, FailEntryExit):
+        return f"the processor refused to enter the guest (hardware reason {exit.reason:#x})"
+    if isinstance(exit, InternalErrorExit):
+        data = " ".join(f"{word:#x}" for word in exit.data)
+        return f"KVM internal error, suberror {exit.suberror}, data [{data}]"
+    return f"unexpected exit {exit}"
+
+
+@contextmanager
+def _kvm_refusals(doing: str) -> Iterator[None]:
+    """Turn what KVM refuses inside into a MachineError."""
+    try:
+        yield
+    except KvmError as error:
+        raise MachineError(f"{doing}: {error}") from error

@@ -1,0 +1,591 @@
+"""A vCPU: its registers, one KVM_RUN at a time, and the thread that sits in it.
+
+Out   exits as small typed values; the data of an access is a view of the page shared with the kernel, so a
+      handler fills in what the guest reads by writing to `exit.data` before it returns
+
+                      ┌──── resume ────┐                 immediate_exit is 1 in the shared page
+     start ─▶ parked ─┤                ├─▶ running       exactly while a pause is wanted
+                      └─ EINTR ◀─ kick ┘
+
+Stopping a vCPU that is in the guest takes two things: `immediate_exit`, which KVM_RUN looks at on its way in, and
+a signal, which makes it come out.  The flag is set first, so a kick cannot be lost: the signal finds the thread
+in KVM_RUN, or KVM_RUN finds the flag.  A thread parks only after KVM_RUN has said EINTR.  By then it has applied
+what the handler answered to the last exit, so the registers are those between two instructions.
+
+The signal needs a handler, for a signal that is ignored wakes nobody.  It is a function of the C library that
+does nothing with its number (abs), installed with sigaction: a handler from Python's `signal` module would run
+in the main thread, at each kick, whenever that gets to it, and write to asyncio's wake-up descriptor too.
+
+Holds     (1) only the vCPU's thread is in KVM_RUN; the rest is called while it is parked, or from it
+          (2) `paused` true means: EINTR was seen, nothing runs until `resume`
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from ctypes import addressof, byref, c_uint8, c_uint64
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from . import ioctls, structs
+from .errors import KvmError
+from .ioctls import Cap, Request, call, raw_ioctl
+from .structs import (
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_debugregs,
+    kvm_interrupt,
+    kvm_lapic_state,
+    kvm_mp_state,
+    kvm_msr_entry,
+    kvm_msrs,
+    kvm_regs,
+    kvm_run,
+    kvm_sregs,
+    kvm_sregs2,
+    kvm_vcpu_events,
+    kvm_xcrs,
+    with_array,
+)
+from .system import read_cpuid
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+XSAVE_SIZE = 4096  # of hosts without KVM_CAP_XSAVE2
+MAX_MSRS = 256  # the kernel takes fewer than this in one request
+
+State = TypeVar("State")
+
+
+# -- exits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class IoExit:
+    """Port access: *count* items of *size* bytes each, one behind the other in *data*."""
+
+    port: int
+    size: int
+    count: int
+    is_write: bool
+    data: memoryview
+
+
+@dataclass(slots=True)
+class MmioExit:
+    """Access to guest-physical memory where no slot is; *data* has *size* bytes."""
+
+    address: int
+    size: int
+    is_write: bool
+    data: memoryview
+
+
+@dataclass(slots=True)
+class HaltExit:
+    """HLT; only without an interrupt chip in the kernel."""
+
+
+@dataclass(slots=True)
+class ShutdownExit:
+    """Triple fault."""
+
+
+@dataclass(slots=True)
+class InterruptedExit:
+    """EINTR: a kick, or some other signal; the last access is complete."""
+
+
+@dataclass(slots=True)
+class RetryExit:
+    """EAGAIN: this vCPU's state changed (INIT, SIPI) before it ran; run it again."""
+
+
+@dataclass(slots=True)
+class FailEntryExit:
+    """The processor refused the guest's state; *reason* is the hardware's number."""
+
+    reason: int
+
+
+@dataclass(slots=True)
+class InternalErrorExit:
+    """KVM gave up: KVM_INTERNAL_ERROR_… and words that depend on it."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class SystemEventExit:
+    """KVM_SYSTEM_EVENT_…"""
+
+    type: int
+
+
+@dataclass(slots=True)
+class IoapicEoiExit:
+    """The guest ended interrupt *vector*, and an I/O APIC outside the kernel wants to know."""
+
+    vector: int
+
+
+@dataclass(slots=True)
+class UnknownExit:
+    """KVM_EXIT_… that has no type of its own here."""
+
+    reason: int
+
+
+Exit = (
+    IoExit
+    | MmioExit
+    | HaltExit
+    | ShutdownExit
+    | InterruptedExit
+    | RetryExit
+    | FailEntryExit
+    | InternalErrorExit
+    | SystemEventExit
+    | IoapicEoiExit
+    | UnknownExit
+)
+
+_HALT, _SHUTDOWN, _INTERRUPTED, _RETRY = HaltExit(), ShutdownExit(), InterruptedExit(), RetryExit()
+
+
+# -- the vCPU -------------------------------------------------------------------------------------------------
+
+
+class Vcpu:
+    """One vCPU; `run` is the structure shared with the kernel.  Made by Vm.create_vcpu."""
+
+    def __init__(self, vm: Vm, index: int) -> None:
+        self.vm = vm
+        self.index = index
+        self._where = f" (vCPU {index})"
+        self._xsave_size = 0
+        self.fd = call(vm.fd, ioctls.KVM_CREATE_VCPU, index, self._where)
+        try:
+            self._map_run(vm.kvm.vcpu_mmap_size)
+        except OSError as error:
+            os.close(self.fd)
+            self.fd = -1
+            raise KvmError(error.errno or 0, f"mmap of kvm_run{self._where}") from error
+
+    def _map_run(self, size: int) -> None:
+        mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._page = memoryview(mapping)
+        self.run = kvm_run.from_buffer(mapping)
+        # Members of the union, looked up once: an exit reads several of their fields.
+        self._io, self._mmio = self.run.io, self.run.mmio
+        self._mmio_data = addressof(self._mmio.data) - addressof(self.run)
+
+    # -- running
+
+    def run_once(self) -> Exit:
+        """Run the guest until something needs us.  EINTR and EAGAIN are exits; other errors KvmError."""
+        if raw_ioctl(self.fd, ioctls.KVM_RUN, 0) < 0:
+            number = ctypes.get_errno()
+            if number == errno.EINTR:
+                return _INTERRUPTED
+            if number == errno.EAGAIN:
+                return _RETRY
+            raise KvmError(number, ioctls.KVM_RUN.name + self._where)
+        reason = self.run.exit_reason
+        if reason == structs.KVM_EXIT_IO:
+            return self._io_exit()
+        if reason == structs.KVM_EXIT_MMIO:
+            return self._mmio_exit()
+        return self._other_exit(reason)
+
+    def _io_exit(self) -> IoExit:
+        io = self._io
+        size, count, start = io.size, io.count, io.data_offset
+        data = self._page[start : start + size * count]
+        return IoExit(io.port, size, count, io.direction == structs.KVM_EXIT_IO_OUT, data)
+
+    def _mmio_exit(self) -> MmioExit:
+        mmio = self._mmio
+        start, size = self._mmio_data, mmio.len
+        return MmioExit(mmio.phys_addr, size, mmio.is_write != 0, self._page[start : start + size])
+
+    def _other_exit(self, reason: int) -> Exit:
+        run = self.run
+        if reason == structs.KVM_EXIT_HLT:
+            return _HALT
+        if reason == structs.KVM_EXIT_SHUTDOWN:
+            return _SHUTDOWN
+        if reason == structs.KVM_EXIT_INTR:
+            return _INTERRUPTED
+        if reason == structs.KVM_EXIT_FAIL_ENTRY:
+            return FailEntryExit(run.fail_entry.hardware_entry_failure_reason)
+        if reason == structs.KVM_EXIT_INTERNAL_ERROR:
+            words = min(run.internal.ndata, len(run.internal.data))
+            return InternalErrorExit(run.internal.suberror, tuple(run.internal.data[:words]))
+        if reason == structs.KVM_EXIT_SYSTEM_EVENT:
+            return SystemEventExit(run.system_event.type)
+        if reason == structs.KVM_EXIT_IOAPIC_EOI:
+            return IoapicEoiExit(run.eoi.vector)
+        return UnknownExit(reason)
+
+    # -- registers
+
+    def get_regs(self) -> kvm_regs:
+        """General registers, RIP and RFLAGS."""
+        return self._get(ioctls.KVM_GET_REGS, kvm_regs())
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        self._set(ioctls.KVM_SET_REGS, regs)
+
+    def get_sregs(self) -> kvm_sregs:
+        """Segments, descriptor tables, control registers, EFER, the APIC's base."""
+        return self._get(ioctls.KVM_GET_SREGS, kvm_sregs())
+
+    def set_sregs(self, sregs: kvm_sregs) -> None:
+        self._set(ioctls.KVM_SET_SREGS, sregs)
+
+    def get_sregs2(self) -> kvm_sregs2:
+        """The same with the PDPTRs in place of pending interrupts; needs KVM_CAP_SREGS2."""
+        return self._get(ioctls.KVM_GET_SREGS2, kvm_sregs2())
+
+    def set_sregs2(self, sregs: kvm_sregs2) -> None:
+        self._set(ioctls.KVM_SET_SREGS2, sregs)
+
+    def get_debugregs(self) -> kvm_debugregs:
+        return self._get(ioctls.KVM_GET_DEBUGREGS, kvm_debugregs())
+
+    def set_debugregs(self, debugregs: kvm_debugregs) -> None:
+        self._set(ioctls.KVM_SET_DEBUGREGS, debugregs)
+
+    def get_xcrs(self) -> kvm_xcrs:
+        return self._get(ioctls.KVM_GET_XCRS, kvm_xcrs())
+
+    def set_xcrs(self, xcrs: kvm_xcrs) -> None:
+        self._set(ioctls.KVM_SET_XCRS, xcrs)
+
+    @property
+    def xsave_size(self) -> int:
+        """Bytes of the XSAVE image that get_xsave gives and set_xsave takes."""
+        if not self._xsave_size:
+            self._xsave_size = self.vm.check_extension(Cap.KVM_CAP_XSAVE2) or XSAVE_SIZE
+        return self._xsave_size
+
+    def get_xsave(self) -> bytearray:
+        """FPU and vector registers as an XSAVE image in the standard format."""
+        image = bytearray(self.xsave_size)
+        request = ioctls.KVM_GET_XSAVE2 if len(image) > XSAVE_SIZE else ioctls.KVM_GET_XSAVE
+        self._get(request, (c_uint8 * len(image)).from_buffer(image))
+        return image
+
+    def set_xsave(self, image: bytes | bytearray | memoryview) -> None:
+        """Load an XSAVE image of exactly `xsave_size` bytes."""
+        size = memoryview(image).nbytes
+        if size != self.xsave_size:
+            what = f"{ioctls.KVM_SET_XSAVE.name} (vCPU {self.index}: {size} bytes, expected {self.xsave_size})"
+            raise KvmError(errno.EINVAL, what)
+        self._set(ioctls.KVM_SET_XSAVE, (c_uint8 * size).from_buffer_copy(image))
+
+    # -- MSRs
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """The values of those MSRs among *indices* that KVM can read."""
+        wanted = list(indices)
+        values: dict[int, int] = {}
+        while wanted:
+            request = _msr_request([(index, 0) for index in wanted[: MAX_MSRS - 1]])
+            done = call(self.fd, ioctls.KVM_GET_MSRS, byref(request), self._where)
+            values.update((entry.index, entry.data) for entry in request.entries[:done])
+            # KVM stops at the first MSR it will not read: step over it.
+            wanted = wanted[done if done == request.nmsrs else done + 1 :]
+        return values
+
+    def set_msrs(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Write (index, value) pairs in their order; a KvmError names the first that KVM refuses."""
+        left = list(pairs)
+        while left:
+            batch = left[: MAX_MSRS - 1]
+            done = call(self.fd, ioctls.KVM_SET_MSRS, byref(_msr_request(batch)), self._where)
+            if done < len(batch):
+                index, value = batch[done]
+                what = f"{ioctls.KVM_SET_MSRS.name} (vCPU {self.index}, MSR {index:#x} = {value:#x})"
+                raise KvmError(errno.EINVAL, what)
+            left = left[len(batch) :]
+
+    # -- interrupts and run state
+
+    def get_lapic(self) -> kvm_lapic_state:
+        """The local APIC's registers; needs one in the kernel."""
+        return self._get(ioctls.KVM_GET_LAPIC, kvm_lapic_state())
+
+    def set_lapic(self, lapic: kvm_lapic_state) -> None:
+        self._set(ioctls.KVM_SET_LAPIC, lapic)
+
+    def get_vcpu_events(self) -> kvm_vcpu_events:
+        """Exceptions, interrupts and NMIs under way."""
+        return self._get(ioctls.KVM_GET_VCPU_EVENTS, kvm_vcpu_events())
+
+    def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
+        self._set(ioctls.KVM_SET_VCPU_EVENTS, events)
+
+    def get_mp_state(self) -> int:
+        """KVM_MP_STATE_…; asking may deliver a pending INIT or SIPI, so ask before the registers."""
+        return self._get(ioctls.KVM_GET_MP_STATE, kvm_mp_state()).mp_state
+
+    def set_mp_state(self, state: int) -> None:
+        self._set(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=state))
+
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt; only without an interrupt chip in the kernel."""
+        self._set(ioctls.KVM_INTERRUPT, kvm_interrupt(irq=vector))
+
+    def nmi(self) -> None:
+        """Queue an NMI."""
+        call(self.fd, ioctls.KVM_NMI, 0, self._where)
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """Give the guest machine-check banks as *mcg_cap* (MSR 0x179) says."""
+        self._set(ioctls.KVM_X86_SETUP_MCE, c_uint64(mcg_cap))
+
+    # -- CPUID and clock
+
+    def get_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """The leaves the guest sees."""
+        return read_cpuid(self.fd, ioctls.KVM_GET_CPUID2, self._where)
+
+    def set_cpuid(self, entries: Sequence[kvm_cpuid_entry2]) -> None:
+        """Set them; once, before the vCPU runs."""
+        table = with_array(kvm_cpuid2, "entries", kvm_cpuid_entry2, len(entries))
+        self._set(ioctls.KVM_SET_CPUID2, table(nent=len(entries), entries=tuple(entries)))
+
+    def get_tsc_khz(self) -> int:
+        """Frequency of the guest's TSC in kHz."""
+        return call(self.fd, ioctls.KVM_GET_TSC_KHZ, 0, self._where)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set it; another than the host's needs KVM_CAP_TSC_CONTROL."""
+        call(self.fd, ioctls.KVM_SET_TSC_KHZ, khz, f" (vCPU {self.index}, {khz} kHz)")
+
+    def kvmclock_ctrl(self) -> bool:
+        """Tell the guest that it was stopped, so its watchdogs forgive; False when it has no kvmclock."""
+        try:
+            call(self.fd, ioctls.KVM_KVMCLOCK_CTRL, 0, self._where)
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    # -- the end, and what the wrappers share
+
+    def close(self) -> None:
+        """Close the descriptor; the shared page goes with the last exit that shows it.  Twice is allowed."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        del self.run, self._io, self._mmio, self._page
+
+    def _get(self, request: Request, state: State) -> State:
+        call(self.fd, request, byref(cast(Any, state)), self._where)
+        return state
+
+    def _set(self, request: Request, state: Any) -> None:
+        call(self.fd, request, byref(state), self._where)
+
+
+def _msr_request(pairs: list[tuple[int, int]]) -> Any:
+    entries = tuple(kvm_msr_entry(index=index, data=value) for index, value in pairs)
+    return with_array(kvm_msrs, "entries", kvm_msr_entry, len(pairs))(nmsrs=len(pairs), entries=entries)
+
+
+# -- the kick -------------------------------------------------------------------------------------------------
+
+KICK_SIGNAL = signal.SIGRTMIN  # no program's choice for anything else; glibc keeps the two below for itself
+_SA_RESTART = 0x10000000  # other system calls do not notice; KVM_RUN comes back all the same
+_PR_SET_NAME = 15
+_NAME_BYTES = 15  # what the kernel keeps of a thread's name
+
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _sigaction(ctypes.Structure):
+    """The C library's layout on x86-64."""
+
+    _fields_ = [
+        ("sa_handler", ctypes.c_void_p),
+        ("sa_mask", c_uint64 * 16),
+        ("sa_flags", ctypes.c_int),
+        ("sa_restorer", ctypes.c_void_p),
+    ]
+
+
+def _install_kick_handler() -> None:
+    do_nothing = ctypes.cast(_libc.abs, ctypes.c_void_p).value
+    action = _sigaction(sa_handler=do_nothing, sa_flags=_SA_RESTART)
+    if _libc.sigaction(int(KICK_SIGNAL), byref(action), None) != 0:
+        raise KvmError(ctypes.get_errno(), f"sigaction (signal {int(KICK_SIGNAL)})")
+
+
+def _take_name(name: str) -> None:
+    """Give the calling thread its name for top -H and debuggers, too."""
+    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:_NAME_BYTES]), 0, 0, 0)
+
+
+def _take_kicks_only() -> None:
+    """Leave signals for the process to other threads: they would only throw the vCPU out of the guest."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - _FAULTS - {KICK_SIGNAL})
+
+
+# -- the thread -----------------------------------------------------------------------------------------------
+
+
+class VcpuThread:
+    """The thread that runs one vCPU and hands its exits to *handle_exit*.
+
+    Its owner starts it and ends it with `stop`; anybody may call `resume` and `request_pause` in between, the
+    vCPU thread itself (in a handler) too.  An exception from the handler or from KVM_RUN parks the vCPU and
+    goes to *on_error*, called in the vCPU thread; the exit it was about is then not complete.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        handle_exit: Callable[[Exit], object],
+        name: str = "CPU 0/KVM",
+        on_error: Callable[[BaseException], object] | None = None,
+    ) -> None:
+        # Set before start.
+        self.vcpu = vcpu
+        self.name = name
+        self._handle_exit = handle_exit
+        self._on_error = on_error
+        # A daemon, so that a program that dies of an exception is not held back by its guest.
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        # Under lock.  Invariant: vcpu.run.immediate_exit == _pause_wanted, from start to the thread's end.
+        self._changed = threading.Condition()
+        self._pause_wanted = True
+        self._paused = False
+        self._ending = False
+        self._alive = False  # there is a thread that may be signalled
+
+    # -- for any thread
+
+    @property
+    def paused(self) -> bool:
+        """The vCPU runs nothing, and its last access is complete."""
+        return self._paused
+
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's number of the thread, None before start."""
+        return self._thread.native_id
+
+    def start(self) -> None:
+        """Create the thread, parked; returns when it is."""
+        _install_kick_handler()
+        self.vcpu.run.immediate_exit = 1
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._paused or self._ending)
+
+    def resume(self) -> None:
+        """Let the vCPU run; nothing happens when it does already."""
+        with self._changed:
+            if self._ending:
+                return
+            self._pause_wanted = False
+            self._paused = False
+            self.vcpu.run.immediate_exit = 0
+            self._changed.notify_all()
+
+    def request_pause(self) -> None:
+        """Have the vCPU parked soon; does not wait."""
+        with self._changed:
+            self._want_pause()
+
+    def wait_paused(self, timeout: float | None = None) -> bool:
+        """Wait until it is parked; False when *timeout* seconds passed first."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"thread {self.name!r} waits for itself to be parked")
+        with self._changed:
+            return self._changed.wait_for(lambda: self._paused, timeout)
+
+    def stop(self) -> None:
+        """End the thread and wait for it; in the thread itself: end it when its handler returns."""
+        with self._changed:
+            self._ending = True
+            if self._alive:
+                self._want_pause()
+            self._changed.notify_all()
+        self.join()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end; False when *timeout* seconds passed, or this is the thread."""
+        if self._thread.ident is None:
+            return True
+        if threading.current_thread() is self._thread:
+            return False
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _want_pause(self) -> None:
+        """Under lock.  The flag goes first, see the top of this file; one kick serves all who want a pause."""
+        if self._pause_wanted:
+            return
+        self._pause_wanted = True
+        self.vcpu.run.immediate_exit = 1
+        if self._alive and threading.current_thread() is not self._thread:
+            signal.pthread_kill(self._thread.ident or 0, KICK_SIGNAL)
+
+    # -- the thread
+
+    def _main(self) -> None:
+        _take_name(self.name)
+        _take_kicks_only()
+        with self._changed:
+            self._alive = True
+        try:
+            while self._park():
+                self._run_until_paused()
+        finally:
+            with self._changed:
+                self._alive = False  # from here on the thread's id may be anybody's
+                self._ending = True
+                self._paused = True
+                self._changed.notify_all()
+
+    def _park(self) -> bool:
+        """Sleep until resumed: True; False when the thread is to end."""
+        with self._changed:
+            while self._pause_wanted and not self._ending:
+                if not self._paused:
+                    self._paused = True
+                    self._changed.notify_all()
+                self._changed.wait()
+            return not self._ending
+
+    def _run_until_paused(self) -> None:
+        run_once, handle_exit = self.vcpu.run_once, self._handle_exit
+        try:
+            while True:
+                exit = run_once()
+                if exit is _INTERRUPTED:
+                    if self._pause_wanted:
+                        return
+                elif exit is not _RETRY:
+                    handle_exit(exit)
+        except BaseException as error:  # SystemExit as well: a vCPU that is silently gone helps nobody
+            self.request_pause()
+            if self._on_error is None:
+                raise
+            self._on_error(error)

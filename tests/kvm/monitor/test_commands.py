@@ -1,0 +1,193 @@
+"""kvm.monitor.commands: what any machine can be asked (qmp.md §3, §14)."""
+
+import asyncio
+import os
+
+import pytest
+
+from qemumig.qapi import RunState
+
+from .harness import serve
+
+
+def ask(directory, *commands, state=RunState.RUNNING, **options):
+    """Run commands one after the other: their responses, and the house."""
+
+    async def scenario(house):
+        house.machine.runstate = state
+        client = await house.client()
+        return [await client.ask(command) for command in commands], house
+
+    return serve(scenario, directory, **options)
+
+
+def test_query_status_names_the_run_state(directory):
+    ((answer,), _) = ask(directory, "query-status", state=RunState.INMIGRATE)
+    assert answer == {"return": {"status": "inmigrate", "running": False}}
+
+
+def test_stop_and_cont_are_idempotent(directory):
+    answers, house = ask(directory, "stop", "stop", "cont", "cont")
+    assert answers == [{"return": {}}] * 4
+    assert house.machine.calls == [("stop", RunState.PAUSED), "start"]
+
+
+@pytest.mark.parametrize("state", [RunState.PRELAUNCH, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE])
+def test_stop_leaves_a_stopped_machine_as_it_is(directory, state):
+    _, house = ask(directory, "stop", state=state)
+    assert house.machine.runstate is state
+
+
+def test_stop_and_cont_of_an_incoming_machine_decide_how_it_will_start(directory):
+    answers, house = ask(directory, "stop", "cont", state=RunState.INMIGRATE)
+    assert answers == [{"return": {}}] * 2
+    assert house.autostart == [False, True]
+    assert house.machine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("state", "desc"),
+    [
+        (RunState.FINISH_MIGRATE, "Migration is not finalized yet"),
+        (RunState.INTERNAL_ERROR, "Resetting the Virtual Machine is required"),
+        (RunState.SHUTDOWN, "Resetting the Virtual Machine is required"),
+    ],
+)
+def test_cont_is_refused_where_the_guest_must_not_run(directory, state, desc):
+    ((answer,), house) = ask(directory, "cont", state=state)
+    assert answer["error"] == {"class": "GenericError", "desc": desc}
+    assert house.machine.calls == []
+
+
+def test_cont_starts_a_machine_that_has_migrated_away(directory):
+    _, house = ask(directory, "cont", state=RunState.POSTMIGRATE)
+    assert house.machine.calls == ["start"]
+
+
+def test_quit_is_answered_and_nothing_after_it_runs(directory):
+    async def scenario(house):
+        client = await house.client()
+        client.send(b'{"execute": "quit", "id": 1}{"execute": "stop"}')
+        event, answer = await client.message(), await client.message()
+        for monitor in house.monitors:
+            await monitor.close()
+        return event, answer, house.quits, house.machine.calls
+
+    event, answer, quits, calls = serve(scenario, directory)
+    assert (event["event"], event["data"]) == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+    assert answer == {"return": {}, "id": 1}
+    assert (quits, calls) == (1, [])
+
+
+def test_system_reset_resets_and_says_so(directory):
+    async def scenario(house):
+        client = await house.client()
+        client.send(b'{"execute": "system_reset"}')
+        return await client.message(), await client.message(), house.machine.calls
+
+    event, answer, calls = serve(scenario, directory)
+    assert (event["event"], event["data"]) == ("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
+    assert (answer, calls) == ({"return": {}}, ["reset"])
+
+
+def test_names_and_numbers_of_the_machine(directory):
+    answers, _ = ask(
+        directory, "query-name", "query-uuid", "query-kvm", "query-target", "query-version", name="vm", uuid=bytes(range(16))
+    )
+    assert [answer["return"] for answer in answers] == [
+        {"name": "vm"},
+        {"UUID": "00010203-0405-0607-0809-0a0b0c0d0e0f"},
+        {"enabled": True, "present": True},
+        {"arch": "x86_64"},
+        {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": "qemumig 0.1.0"},
+    ]
+
+
+def test_a_machine_without_name_and_uuid_says_that(directory):
+    answers, _ = ask(directory, "query-name", "query-uuid")
+    assert [answer["return"] for answer in answers] == [{}, {"UUID": "00000000-0000-0000-0000-000000000000"}]
+
+
+def test_query_cpus_fast_names_the_threads(directory):
+    ((answer,), _) = ask(directory, "query-cpus-fast")
+    assert [(cpu["cpu-index"], cpu["thread-id"], cpu["target"]) for cpu in answer["return"]] == [
+        (0, 11, "x86_64"),
+        (1, 12, "x86_64"),
+    ]
+
+
+def test_query_commands_lists_what_there_is(directory):
+    ((answer,), house) = ask(directory, "query-commands")
+    names = [entry["name"] for entry in answer["return"]]
+    assert names == house.registry.names()
+    assert {"qmp_capabilities", "getfd", "closefd", "stop", "cont", "quit", "pmemsave"} <= set(names)
+
+
+# ---- pmemsave ----
+
+
+def test_pmemsave_writes_guest_memory_to_a_file(directory):
+    path = directory / "dump"
+    path.write_bytes(b"x" * 100000)
+
+    async def scenario(house):
+        return await (await house.client()).ask("pmemsave", val=5, size=3000, filename=str(path))
+
+    assert serve(scenario, directory) == {"return": {}}
+    assert path.read_bytes() == bytes((5 + offset) & 0xFF for offset in range(3000))
+
+
+def test_pmemsave_of_nothing_makes_an_empty_file(directory):
+    async def scenario(house):
+        return await (await house.client()).ask("pmemsave", val=0, size=0, filename=str(directory / "dump"))
+
+    assert serve(scenario, directory) == {"return": {}}
+    assert (directory / "dump").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "desc"),
+    [
+        ("{d}/no/dump", "Could not open '{d}/no/dump': No such file or directory"),
+        ("{d}", "Could not open '{d}': Is a directory"),
+        ("a\0b", "Could not open 'a\0b': embedded null byte"),
+        ("/dev/full", "writing memory to '/dev/full' failed: No space left on device"),
+    ],
+)
+def test_pmemsave_says_what_failed(directory, name, desc):
+    async def scenario(house):
+        return await (await house.client()).refusal("pmemsave", val=0, size=10, filename=name.format(d=directory))
+
+    assert serve(scenario, directory) == desc.format(d=directory)
+
+
+def test_pmemsave_to_a_fifo_waits_for_its_reader_and_holds_up_nobody_else(directory):
+    path = directory / "fifo"
+    os.mkfifo(path)
+
+    async def scenario(house):
+        first, second = await house.client(0), await house.client(1)
+        dump = asyncio.create_task(first.ask("pmemsave", val=0, size=200000, filename=str(path)))
+        assert await second.ask("stop") == {"return": {}}
+        assert await second.ask("cont") == {"return": {}}
+        assert not dump.done()
+        data = await asyncio.to_thread(path.read_bytes)
+        return await dump, data
+
+    answer, data = serve(scenario, directory, monitors=2)
+    assert answer == {"return": {}}
+    assert data == bytes(offset & 0xFF for offset in range(200000))
+
+
+def test_a_dump_without_a_reader_does_not_outlive_the_program(directory, no_leaks):
+    os.mkfifo(directory / "fifo")
+
+    async def scenario(house):
+        client = await house.client()
+        client.send(b'{"execute": "pmemsave", "arguments": {"val": 0, "size": 1, "filename": "%s/fifo"}}' % bytes(directory))
+        client.send(b" ")
+        while house.monitors[0]._queue == []:
+            await asyncio.sleep(0)
+        client.close()
+
+    serve(scenario, directory)

@@ -1,0 +1,120 @@
+"""kvm.monitor.events and kvm.monitor.registry."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from kvm.monitor.events import EventHub
+from kvm.monitor.registry import Registry
+from qemumig.commands.command import Command, CommandError
+
+
+def collected(scenario):
+    """The events that reach a subscriber while `scenario(hub)` runs."""
+    got = []
+
+    async def run():
+        hub = EventHub()
+        hub.subscribe(got.append)
+        await scenario(hub)
+        hub.stop()
+
+    asyncio.run(run())
+    return got
+
+
+def test_an_event_carries_the_time_of_its_emission():
+    async def scenario(hub):
+        hub.start()
+        hub.emit("STOP")
+
+    before = time.time()
+    (event,) = collected(scenario)
+    stamp = event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
+    assert before - 1e-3 <= stamp <= time.time()
+    assert event["event"] == "STOP"
+    assert "data" not in event
+
+
+def test_on_the_loops_thread_delivery_is_immediate():
+    got = []
+
+    async def run():
+        hub = EventHub()
+        hub.start()
+        hub.subscribe(got.append)
+        hub.emit("A", {"x": 1})
+        return len(got)
+
+    assert asyncio.run(run()) == 1
+
+
+def test_the_order_of_emission_holds_across_threads():
+    async def scenario(hub):
+        hub.start()
+        thread = threading.Thread(target=lambda: hub.emit("first"))
+        thread.start()
+        thread.join()  # queued for the loop, not delivered yet
+        hub.emit("second")
+
+    assert [event["event"] for event in collected(scenario)] == ["first", "second"]
+
+
+def test_events_of_one_thread_keep_their_order_among_many():
+    async def scenario(hub):
+        hub.start()
+
+        def emit(name):
+            for number in range(200):
+                hub.emit(name, {"number": number})
+
+        await asyncio.gather(*(asyncio.to_thread(emit, name) for name in "abc"))
+
+    events = collected(scenario)
+    for name in "abc":
+        assert [e["data"]["number"] for e in events if e["event"] == name] == list(range(200))
+
+
+def test_events_from_before_the_start_are_kept():
+    async def scenario(hub):
+        hub.emit("early")
+        hub.start()
+
+    assert [event["event"] for event in collected(scenario)] == ["early"]
+
+
+def test_after_stop_nothing_is_delivered_and_nothing_breaks():
+    got = []
+
+    async def run():
+        hub = EventHub()
+        hub.start()
+        hub.subscribe(got.append)
+        hub.stop()
+        hub.emit("late")
+        return hub
+
+    asyncio.run(run()).emit("later")
+    assert got == []
+
+
+def test_unsubscribing_twice_is_no_error():
+    hub = EventHub()
+    hub.subscribe(print)
+    hub.unsubscribe(print)
+    hub.unsubscribe(print)
+
+
+def test_a_command_name_is_registered_once():
+    registry = Registry()
+    registry.add([Command("a", print)])
+    with pytest.raises(ValueError, match="'a' is registered twice"):
+        registry.add([Command("a", print)])
+
+
+def test_an_unknown_command_is_a_command_not_found():
+    with pytest.raises(CommandError, match="The command x has not been found") as caught:
+        Registry().find("x")
+    assert caught.value.error_class == "CommandNotFound"

@@ -1,0 +1,84 @@
+"""What the bench is made of measures what it says; speed itself is no test."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qemumig.cli.guest import FILL_RANDOM, GuestParameters
+from qemumig.cli.interrupts import Interrupts
+from tests.support.host import qemus
+from tests.support.vmm import MIB, Stage, wait_until
+from tools.benchlib import __main__ as bench
+from tools.benchlib import baresocket
+from tools.benchlib.measure import Bench, Contestant, Run, summary
+from tools.benchlib.process import cpu_seconds, forget_peak, guest_resident, peak_overhead
+from tools.benchlib.report import BARE, ratios, table
+from tools.benchlib.workloads import WORKLOADS, Workload
+
+
+def test_summary_has_median_and_extremes_of_what_was_measured() -> None:
+    figures = summary([Run(rate=3.0), Run(rate=1.0, total_ms=5.0), Run(rate=2.0)])
+    assert figures["rate"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert figures["total_ms"]["median"] == 5.0
+    assert "downtime_ms" not in figures
+    assert len(figures["runs"]) == 3
+
+
+def test_ratios_are_against_the_best_qemu_and_the_bare_socket() -> None:
+    rates = {"qemumig": 900.0, "QEMU 1": 400.0, "QEMU 2": 600.0, BARE: 1000.0}
+    results = {name: summary([Run(rate=rate)]) for name, rate in rates.items()}
+    ratios(results, "qemumig")
+    assert results["qemumig"]["ratio_to_best_qemu"] == 1.5
+    assert results["QEMU 2"]["share_of_bare_socket"] == 0.6
+    assert results[BARE]["ratio_to_best_qemu"] is None
+    assert "1.50" in table("title", results)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_guest_of_a_workload_stays_inside_memory(workload: Workload, cpus: int) -> None:
+    guest = workload.guest(256 * MIB, cpus)
+    assert guest.dirty_base + guest.dirty_pages * 4096 <= guest.fill_base
+    assert guest.fill_base + guest.fill_pages * 4096 <= 256 * MIB
+    assert guest.print_every >= 1
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_bare_socket_carries_everything() -> None:
+    run = baresocket.measure(8 * MIB + 5)
+    assert run.seconds > 0
+    assert run.cpu >= 0
+
+
+def test_resident_guest_memory_is_what_the_guest_has_touched(stage: Stage, qemu: str) -> None:
+    vmm = stage.vmm("source", qemu, guest=GuestParameters(fill_pages=16 * MIB // 4096, fill_mode=FILL_RANDOM))
+    assert 16 * MIB <= guest_resident(vmm) <= 48 * MIB
+    forget_peak(vmm)
+    assert 0 < peak_overhead(vmm) < 256 * MIB
+
+
+def test_vcpu_time_is_left_out(stage: Stage, qemu: str) -> None:
+    """The guest spins without pause; half a second of it must not show."""
+    vmm = stage.vmm("source", qemu)
+    passes, spent = vmm.guest_status()[0].passes, cpu_seconds(vmm)
+    until = time.monotonic() + 0.5
+    wait_until(lambda: time.monotonic() > until and vmm.guest_status()[0].passes > passes, "the guest runs")
+    assert cpu_seconds(vmm) - spent < 0.4
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+@pytest.mark.usefixtures("no_leaks")
+def test_one_migration_gives_every_figure(workload: Workload, qemu: str) -> None:
+    with Interrupts() as interrupts:
+        run = Bench(96 * MIB, 1, 300, 60, interrupts).migrate(Contestant("x", qemu), workload)
+    assert run.rate > 0
+    assert run.total_ms is not None
+    assert run.cpu_source is not None
+    assert (run.silence_ms is not None) == workload.running
+
+
+def test_version_is_read_from_the_program(qemu: str) -> None:
+    assert bench.version(qemu)[0].isdigit()
+    assert qemu in qemus()

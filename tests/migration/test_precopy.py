@@ -1,0 +1,235 @@
+"""Precopy with a real guest on KVM, from one qemumig-system to another, over every transport.
+
+The guest checks itself all the way: pages, FPU, privileged registers, clock, timer interrupts (support/vmm.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM, FILL_RANDOM, failures_in
+from tests.support.host import qemumig_system
+from tests.support.plain_stream import read_stream
+from tests.support.vmm import (
+    MIB,
+    GuestParameters,
+    Stage,
+    Vmm,
+    children,
+    listen,
+    migrate,
+    open_files,
+    thread_names,
+    wait_until,
+    with_capabilities,
+)
+
+pytestmark = pytest.mark.needs("kvm")
+
+BUSY = GuestParameters(dirty_pages=4096, print_every=20, fill_pages=2048, fill_mode=FILL_RANDOM, flags=ALL_CHECKS, cpus=2)
+MODEST = GuestParameters(dirty_pages=256, print_every=20, flags=ALL_CHECKS)
+
+
+def pair(stage: Stage, guest: GuestParameters, **options: object) -> tuple[Vmm, Vmm]:
+    source = stage.vmm("source", qemumig_system(), guest=guest, **options)
+    destination = stage.vmm("destination", qemumig_system(), incoming=True, **options)
+    return source, destination
+
+
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_a_busy_guest_moves_and_does_not_notice(stage: Stage, transport: str) -> None:
+    source, destination = pair(stage, BUSY)
+    uri = "tcp:127.0.0.1:0" if transport == "tcp" else f"unix:{stage.directory}/m"
+    outcome = migrate(source, destination, uri)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+    source.wait_runstate("postmigrate")
+    ram = outcome.report["ram"]
+    assert ram["total"] == 128 * MIB + 65536
+    assert ram["normal"] >= 2048 + 4096 and ram["duplicate"] > 10000
+    assert ram["transferred"] > ram["normal-bytes"] == ram["normal"] * 4096
+    assert ram["remaining"] == 0 and ram["dirty-sync-count"] >= 3
+    assert outcome.report["total-time"] >= outcome.report["downtime"] > 0
+
+
+def test_memory_is_equal_on_both_sides_afterwards(stage: Stage) -> None:
+    source = stage.vmm("source", qemumig_system(), guest=BUSY)
+    destination = stage.vmm("destination", qemumig_system(), incoming=True, stopped=True)
+    migrate(source, destination)
+    destination.wait_runstate("paused")
+    assert destination.memory_digest() == source.memory_digest()
+    destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
+def test_a_paused_guest_arrives_paused(stage: Stage) -> None:
+    source, destination = pair(stage, MODEST)
+    source.command("stop")
+    migrate(source, destination)
+    destination.wait_runstate("paused")
+    assert destination.memory_digest() == source.memory_digest()
+    destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
+def test_memory_above_three_gib_arrives_in_its_place(stage: Stage) -> None:
+    guest = GuestParameters(dirty_base=(4 << 30) + (64 << 20), dirty_pages=512, print_every=50, map_gib=8)
+    source, destination = pair(stage, guest, memory=3584 * MIB)
+    migrate(source, destination)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+@pytest.mark.parametrize("transport", ["exec", "file"])
+def test_through_a_file(stage: Stage, transport: str) -> None:
+    source, destination = pair(stage, MODEST)
+    file = stage.directory / "saved"
+    source.command("migrate", uri=f"exec:cat > {file}" if transport == "exec" else f"file:{file},offset=4K")
+    wait_until(lambda: source.command("query-migrate")["status"] == "completed", "the source to complete")
+    wait_until(lambda: not children(source.process.pid), "the command to end")
+    destination.command("migrate-incoming", uri=f"exec:cat {file}" if transport == "exec" else f"file:{file},offset=4K")
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+def test_our_stream_as_a_plain_reader_sees_it(stage: Stage) -> None:
+    guest = GuestParameters(dirty_pages=256, fill_pages=512, fill_mode=FILL_HALF_RANDOM, flags=ALL_CHECKS, cpus=2)
+    source = stage.vmm("source", qemumig_system(), guest=guest, memory=48 * MIB)
+    file = stage.directory / "saved"
+    source.command("migrate", uri=f"file:{file}")
+    wait_until(lambda: source.command("query-migrate")["status"] == "completed", "the source to complete")
+    stream = read_stream(file.read_bytes())
+    ram = source.command("query-migrate")["ram"]
+    assert ram["transferred"] == file.stat().st_size
+    memory = dict(zip(["microvm.ram", "pc.bios"], memory_blocks(source, stage), strict=True))
+    for idstr, contents in memory.items():
+        found = bytes(stream.blocks[idstr].memory)
+        different = [page for page in range(len(found) // 4096) if differs(found, contents, page)]
+        assert different in ([], [5]), f"{idstr}: pages {different[:20]} differ"  # page 5: the kernel writes its clock
+
+
+def differs(one: bytes, other: bytes, page: int) -> bool:
+    return one[page * 4096 : page * 4096 + 4096] != other[page * 4096 : page * 4096 + 4096]
+
+
+def memory_blocks(vmm: Vmm, stage: Stage) -> list[bytes]:
+    """The stopped machine's main memory (without the part that the firmware hides) and its firmware."""
+    found = []
+    for address, size in ((0, 48 * MIB), ((4 << 30) - 65536, 65536)):
+        path = stage.directory / "memory"
+        vmm.command("pmemsave", val=address, size=size, filename=str(path))
+        found.append(bytearray(path.read_bytes()))
+    found[0][0xF0000:0x100000] = bytes(0x10000)
+    return [bytes(one) for one in found]
+
+
+def test_there_and_back_again_with_nothing_left_behind(stage: Stage) -> None:
+    """Ten hops; afterwards no process that is left holds more than a machine at rest."""
+    here = stage.vmm("hop0", qemumig_system(), guest=MODEST)
+    at_rest = {"threads": own_threads(here), "files": len(open_files(here.process.pid))}
+    for hop in range(1, 11):
+        there = stage.vmm(f"hop{hop}", qemumig_system(), incoming=True)
+        migrate(here, there, "tcp:127.0.0.1:0" if hop % 2 else f"unix:{stage.directory}/m{hop}")
+        there.wait_runstate("running")
+        wait_until(
+            lambda there=there: not [name for name in own_threads(there) if name.startswith("mig/")], "threads to end"
+        )
+        here.close()
+        here = there
+    stage.assert_guest_is_well(here)
+    assert own_threads(here) == at_rest["threads"]
+    assert len(open_files(here.process.pid)) == at_rest["files"]
+    assert not children(here.process.pid)
+
+
+def own_threads(vmm: Vmm) -> list[str]:
+    """Without the pool of workers, which grows to its size and stays."""
+    return [name for name in thread_names(vmm.process.pid) if name != "worker"]
+
+
+def test_a_cancelled_migration_leaves_the_guest_where_it_was(stage: Stage) -> None:
+    source = stage.vmm("source", qemumig_system(), guest=BUSY)
+    with_capabilities([source], events=True)
+    source.command("migrate-set-parameters", max_bandwidth=8 << 20)
+    for attempt in range(3):
+        destination = stage.vmm(f"destination{attempt}", qemumig_system(), incoming=True)
+        source.command("migrate", uri=listen(destination))
+        source.qmp.wait_event("MIGRATION_PASS", 10)
+        source.command("migrate_cancel")
+        wait_until(lambda: source.command("query-migrate")["status"] == "cancelled", "the end of the cancel")
+        assert source.command("query-status")["status"] == "running"
+        wait_until(destination.has_died, "the destination to end")
+        assert destination.process.returncode == 1
+        assert "load of migration failed" in destination.last_words()
+    source.command("migrate-set-parameters", max_bandwidth=0)
+    destination = stage.vmm("last", qemumig_system(), incoming=True)
+    migrate(source, destination)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+def test_a_process_that_is_killed_never_leaves_two_guests(stage: Stage, victim: str) -> None:
+    chance = random.Random(victim)
+    for attempt in range(6):
+        source = stage.vmm(f"source{attempt}", qemumig_system(), guest=BUSY if not attempt else None)
+        destination = stage.vmm(f"destination{attempt}", qemumig_system(), incoming=True)
+        source.command("migrate", uri=listen(destination))
+        time.sleep(chance.random() * 0.25)  # the moment is the point
+        dead, left = (source, destination) if victim == "source" else (destination, source)
+        os.kill(dead.process.pid, signal.SIGKILL)
+        dead.process.wait()
+        if victim == "source":
+            check_destination_alone(stage, left)
+        else:
+            check_source_alone(stage, left)
+
+
+def check_destination_alone(stage: Stage, destination: Vmm) -> None:
+    """It has the whole guest and runs or keeps it, or it has ended without a trace of one."""
+    wait_until(lambda: destination.has_died() or destination.command("query-migrate")["status"] == "completed", "its end")
+    if destination.has_died():
+        assert destination.process.returncode == 1
+        return
+    if destination.command("query-status")["status"] != "running":
+        destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
+def check_source_alone(stage: Stage, source: Vmm) -> None:
+    wait_until(lambda: source.command("query-migrate")["status"] in ("failed", "completed"), "the source's end")
+    report = source.command("query-migrate")
+    if report["status"] == "completed" or "use 'cont'" in report.get("error-desc", ""):
+        assert source.command("query-status")["status"] == "postmigrate"
+        return
+    stage.assert_guest_is_well(source, arrived=False)
+
+
+def test_a_destination_with_another_memory_size_says_so(stage: Stage) -> None:
+    source = stage.vmm("source", qemumig_system(), guest=MODEST, memory=128 * MIB)
+    destination = stage.vmm("destination", qemumig_system(), memory=64 * MIB, incoming=True)
+    source.command("migrate", uri=listen(destination))
+    wait_until(lambda: source.command("query-migrate")["status"] == "failed", "the failure")
+    wait_until(destination.has_died, "the destination to end")
+    assert "block 'microvm.ram' has 0x4000000 bytes here, the stream says 0x8000000" in destination.last_words()
+    stage.assert_guest_is_well(source, arrived=False)
+
+
+def test_a_destination_that_failed_takes_another_guest(stage: Stage) -> None:
+    source, destination = pair(stage, MODEST)
+    noise = stage.directory / "noise"
+    noise.write_bytes(Path("/proc/self/exe").read_bytes()[:100000])
+    destination.command("migrate-incoming", uri=f"file:{noise}", exit_on_error=False)
+    wait_until(lambda: destination.command("query-migrate")["status"] == "failed", "the failure")
+    assert "magic 0x7f454c46 found, expected 0x5145564d" in destination.command("query-migrate")["error-desc"]
+    assert destination.command("query-status")["status"] == "inmigrate"
+    migrate(source, destination)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+    assert failures_in(destination.serial.output()) == []

@@ -1,0 +1,6 @@
+"""What `tools/bench` is made of.
+
+__main__    options, turns, JSON         workloads    what the guest does
+measure     one migration                baresocket   the limit of the machine
+process     processor time and memory    report       ratios and the table
+"""

@@ -1,0 +1,183 @@
+"""One migration of one contestant, measured from outside."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qemumig.cli.demo import silence
+from qemumig.cli.interrupts import Interrupts
+from qemumig.cli.vmm import FINAL, MachineShape, MigrationOutcome, Vmm, VmmError, listen, with_capabilities
+
+from . import baresocket
+from .process import cpu_seconds, forget_peak, peak_overhead, warm_memory
+from .workloads import Workload
+
+GIB = 1 << 30
+START_TIMEOUT = 120.0  # the guest fills its memory first
+LETTERS = 20
+CADENCE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A VMM on both ends."""
+
+    name: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Figures of one migration; None where the workload or the contestant has none."""
+
+    rate: float  # guest memory, MB/s
+    wire_rate: float | None = None  # bytes sent, MB/s
+    total_ms: float | None = None
+    downtime_ms: float | None = None  # as the source has it
+    silence_ms: float | None = None  # between the last letter there and the first here
+    longest_silence_ms: float | None = None  # from just before the switchover to a second after
+    cpu_source: float | None = None  # seconds per GiB of guest memory, without vCPUs
+    cpu_destination: float | None = None
+    extra_source: float | None = None  # peak memory beyond the guest's, MB
+    extra_destination: float | None = None
+
+
+def figures() -> list[str]:
+    return [each.name for each in fields(Run)]
+
+
+@dataclass
+class Bench:
+    """What all runs have in common; *memory* in bytes."""
+
+    memory: int
+    cpus: int
+    downtime_limit: int  # ms
+    timeout: float
+    interrupts: Interrupts
+
+    def migrate(self, contestant: Contestant, workload: Workload) -> Run:
+        """Start both ends, migrate, measure, and make sure that the guest is well."""
+        with ExitStack() as owned:
+            source = self._start(owned, contestant, workload)
+            destination = self._vmm(owned, "destination", contestant.command, incoming=True)
+            outcome, costs = self._measured(source, destination)
+            quiet: dict[str, float] = {}
+            if workload.running:
+                quiet = self._listen(source, destination, outcome)
+            self._check_guest(source, destination, workload)
+            return self._run(outcome, costs, quiet)
+
+    def bare_socket(self, load: Contestant, workload: Workload) -> Run:
+        """The bare socket, while a guest of *load* does what it would do under a migration."""
+        with ExitStack() as owned:
+            if workload.running:
+                self._start(owned, load, workload)
+            warm_memory(2 * self.memory)
+            run = baresocket.measure(self.memory)
+        return Run(
+            rate=self.memory / run.seconds / 1e6, total_ms=run.seconds * 1000, cpu_source=run.cpu / self.memory * GIB
+        )
+
+    # --- the stage
+
+    def _start(self, owned: ExitStack, contestant: Contestant, workload: Workload) -> Vmm:
+        """The source, with its guest running or stopped."""
+        with self.interrupts.held():
+            directory = Path(tempfile.mkdtemp(prefix="qemumig-bench-"))
+            owned.callback(shutil.rmtree, directory, ignore_errors=True)
+        image = directory / "guest.bin"
+        image.write_bytes(workload.guest(self.memory, self.cpus).image())
+        self._shape = MachineShape(self.memory, self.cpus, image)
+        source = self._vmm(owned, "source", contestant.command)
+        if not source.serial.wait_more(LETTERS, START_TIMEOUT):
+            raise VmmError(f"{contestant.name}: the guest printed only {source.serial.output()!r}")
+        time.sleep(CADENCE_SECONDS)
+        if not workload.running:
+            source.command("stop")
+        return source
+
+    def _vmm(self, owned: ExitStack, name: str, command: str, *, incoming: bool = False) -> Vmm:
+        with self.interrupts.held():
+            vmm = Vmm(name, command, self._shape.image.parent, self._shape, incoming=incoming)
+            owned.callback(vmm.close)
+        vmm.connect()
+        vmm.command("migrate-set-parameters", max_bandwidth=0, downtime_limit=self.downtime_limit)
+        with_capabilities([vmm], events=True)
+        return vmm
+
+    # --- the measurement
+
+    def _measured(self, source: Vmm, destination: Vmm) -> tuple[MigrationOutcome, dict[str, float]]:
+        """Migrate; the monitors are left alone meanwhile: an event tells the end."""
+        uri = listen(destination)
+        warm_memory(self.memory)
+        before = {vmm.name: cpu_seconds(vmm) for vmm in (source, destination)}
+        forget_peak(source)
+        forget_peak(destination)
+        started = time.monotonic()
+        source.command("migrate", uri=uri)
+        while (status := self._next_status(source)) not in FINAL:
+            pass
+        ended = time.monotonic()
+        report = source.command("query-migrate")
+        if status != "completed":
+            raise VmmError(f"the migration {status}: {report.get('error-desc')}; {destination.last_words()}")
+        destination.wait_event("MIGRATION", 30, status="completed")
+        costs = {f"cpu_{vmm.name}": cpu_seconds(vmm) - before[vmm.name] for vmm in (source, destination)}
+        costs |= {f"extra_{vmm.name}": peak_overhead(vmm) / 1e6 for vmm in (source, destination)}
+        return MigrationOutcome(started, ended, report), costs
+
+    def _next_status(self, source: Vmm) -> str:
+        status: str = source.wait_event("MIGRATION", self.timeout)["data"]["status"]
+        return status
+
+    def _listen(self, source: Vmm, destination: Vmm, outcome: MigrationOutcome) -> dict[str, float]:
+        if not destination.serial.wait_more(LETTERS, self.timeout):
+            raise VmmError(f"the guest is silent on the destination: {destination.serial.output()!r}")
+        time.sleep(CADENCE_SECONDS)
+        return silence(source, destination, outcome)
+
+    def _check_guest(self, source: Vmm, destination: Vmm, workload: Workload) -> None:
+        """A migration that breaks the guest has no speed."""
+        there, here = source.guest_status(), destination.guest_status()
+        complaints = [status.complaint for status in here if status.complaint]
+        if complaints:
+            raise VmmError(f"the guest found a fault after the migration: {complaints[0]}")
+        if not workload.running and there != here:
+            raise VmmError(f"the stopped guest's status differs: {there} there, {here} here")
+        if workload.running and any(b.passes <= a.passes for a, b in zip(there, here, strict=True)):
+            raise VmmError(f"the guest makes no passes after the migration: {here}")
+
+    def _run(self, outcome: MigrationOutcome, costs: dict[str, float], quiet: dict[str, float]) -> Run:
+        seconds = outcome.ended - outcome.started
+        per_gib = self.memory / GIB
+        return Run(
+            rate=self.memory / seconds / 1e6,
+            wire_rate=outcome.report["ram"]["transferred"] / seconds / 1e6,
+            total_ms=seconds * 1000,
+            downtime_ms=outcome.report["downtime"],
+            silence_ms=quiet.get("silence_ms"),
+            longest_silence_ms=quiet.get("longest_silence_ms"),
+            cpu_source=costs["cpu_source"] / per_gib,
+            cpu_destination=costs["cpu_destination"] / per_gib,
+            extra_source=costs["extra_source"],
+            extra_destination=costs["extra_destination"],
+        )
+
+
+def summary(runs: list[Run]) -> dict[str, Any]:
+    """Median, min and max of every figure, and the runs themselves."""
+    found: dict[str, Any] = {}
+    for name in figures():
+        values = [value for run in runs if (value := getattr(run, name)) is not None]
+        if values:
+            found[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return found | {"runs": [asdict(run) for run in runs]}
