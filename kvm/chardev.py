@@ -179,28 +179,14 @@ class CharBackend:
         self.front_end = front_end
         self.in_use = True
 
-    def set_receiver(
-        self,
-        receive: Callable[[bytes], bool | None],
-        when_drained: Callable[[Callable[[], None]], None] = lambda call: call(),
-    ) -> None:
-        """Attach a device that only wants bytes.
-
-        When *receive* says False the device has enough: *when_drained* is handed a function that the device calls,
-        from any thread, when it wants more.
-        """
+    def set_receiver(self, receive: Callable[[bytes], None]) -> None:
+        """Attach a front end that only wants bytes; it may `pause`."""
 
         def received(data: bytes, descriptors: list[int]) -> None:
             close_descriptors(descriptors)
-            if receive(data) is False:
-                self.pause()
-                when_drained(self._resume_from_any_thread)
+            receive(data)
 
         self.attach(FrontEnd(received))
-
-    def _resume_from_any_thread(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.resume)
 
     def open(self) -> None:
         """Make files, listen or connect; UsageError says what failed."""

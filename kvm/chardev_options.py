@@ -59,14 +59,15 @@ def from_device(text: str, label: str) -> CharBackend:
         return PipeBackend(label, rest)
     if colon and kind == "unix":
         path, *pairs = split(rest, "path") or [("path", "")]
-        return _socket(label, {"path": path[1]} | unique(pairs, (*SOCKET_KEYS, *MISSING_SOCKET_KEYS)))
+        keys = unique(pairs, (*SOCKET_KEYS, *MISSING_SOCKET_KEYS))
+        return _socket(label, {"path": path[1], **keys})
     if colon and kind == "tcp":
         address, *pairs = split(rest, "address") or [("address", "")]
         host, colon, port = (address[1] or "").rpartition(":")
         if not colon or not port:
             raise UsageError(f"'{rest}' names no port: tcp:HOST:PORT is expected")
-        keys = (*SOCKET_KEYS, "nodelay", *MISSING_SOCKET_KEYS)
-        return _socket(label, {"host": host.strip("[]"), "port": port} | unique(pairs, keys))
+        keys = unique(pairs, (*SOCKET_KEYS, "nodelay", *MISSING_SOCKET_KEYS))
+        return _socket(label, {"host": host.strip("[]"), "port": port, **keys})
     if kind == "mon" or kind in MISSING_KINDS:
         raise UsageError(f"character device '{kind}' is not available")
     raise UsageError(f"'{text}' is not a valid char driver")
@@ -144,8 +145,8 @@ class CharDevices:
         self._daemonize = daemonize
         self._devices: dict[str, CharBackend] = {}
 
-    def add_device(self, option: str, text: str, label: str, consequence: str) -> CharBackend:
-        """Make and open what DEV *text* asks for; *consequence* is the second line of its errors.
+    def add_device(self, option: str, text: str, label: str, consequence: str = "") -> CharBackend:
+        """Make and open what DEV *text* asks for; *consequence* is a second line for its errors.
 
         `chardev:ID` is the one that -chardev made.  UsageError names *option*, e.g. "-serial".
         """
@@ -157,7 +158,8 @@ class CharDevices:
             backend.in_use = True
             return backend
         except UsageError as error:
-            raise UsageError(*error.messages, consequence, hints=error.hints).during(named) from error
+            lines = (*error.messages, consequence) if consequence else error.messages
+            raise UsageError(*lines, hints=error.hints).during(named) from error
 
     def add_chardev(self, text: str) -> None:
         """Make and open what `-chardev` *text* asks for."""

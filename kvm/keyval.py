@@ -9,7 +9,7 @@ UsageErrors; whoever knows the option puts its name in front (`UsageError.during
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 UINT64_MAX = (1 << 64) - 1
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
@@ -71,9 +71,9 @@ def switch(key: str, value: str | None) -> bool:
     raise UsageError(f"Parameter '{key}' expects 'on' or 'off'")
 
 
-def choice(key: str, value: str | None, allowed: Iterable[str]) -> str:
+def choice(key: str, value: str | None, allowed: Container[str]) -> str:
     """*value* when it is one of *allowed*."""
-    if value not in allowed or value is None:
+    if value is None or value not in allowed:
         raise UsageError(f"Parameter '{key}' does not accept value '{value or ''}'")
     return value
 
@@ -81,7 +81,7 @@ def choice(key: str, value: str | None, allowed: Iterable[str]) -> str:
 def size(key: str, value: str | None, default_unit: str = "b") -> int:
     """A number of bytes such as "64M", "1.5G" or "0x1000"; a bare number counts in *default_unit*."""
     text = value or ""
-    if re.fullmatch(r"-[0-9]+|[0-9]{20,}", text):
+    if re.fullmatch(r"-[0-9]+", text):
         raise UsageError(f"Value '{text}' is out of range for parameter '{key}'")
     match = NUMBER.fullmatch(text)
     if match is None or ("." in text and not match.group(2)):

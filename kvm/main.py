@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
 
 from qemumig.errors import MigrationError
 
@@ -57,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         diagnostics.say(warning)
     background = None
     if arguments.daemonize:
-        background = Background.enter()
-        if isinstance(background, int):
-            return background
+        entered = Background.enter()
+        if isinstance(entered, int):
+            return entered
+        background = entered
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(Program(arguments, diagnostics, background).run())
 
@@ -77,30 +79,24 @@ class Program:
         self._hub = EventHub()
         self._registry = Registry()
         self._devices = CharDevices(diagnostics.say, arguments.daemonize)
-        # Made on the way up, in this order; closed on the way down, in the opposite one.
-        self._signals: SignalWatcher | None = None
-        self._pidfile: PidFile | None = None
         self._monitors: list[QmpMonitor] = []
-        self._memory: dict[str, HostMemory] = {}
-        self._machine: MicroVM | None = None
-        self._control: MigrationCommands | None = None
-        self._commands: MachineCommands | None = None
+        self._closers = AsyncExitStack()  # whatever is made on the way up is closed in the opposite order
 
     async def run(self) -> int:
         """Build everything, serve until something ends it, take it down; the exit status."""
         self._loop = asyncio.get_running_loop()
-        try:
-            self._set_up()
-            await self._serve()
-        except UsageError as error:
-            self._fail(error)
-        except FirmwareError as error:
-            self._diagnostics.verbatim(str(error))
-            self._status = 1
-        except (MigrationError, KvmError) as error:
-            self._fail(UsageError(str(error)))
-        finally:
-            await self._take_down()
+        async with self._closers:
+            try:
+                await self._serve(self._set_up())
+            except FirmwareError as error:
+                self._diagnostics.verbatim(str(error))
+                self._status = 1
+            except UsageError as error:
+                self._fail(error)
+            except (MigrationError, KvmError) as error:
+                self._fail(UsageError(str(error)))
+            finally:
+                self._end()
         return self._status
 
     def _fail(self, error: UsageError) -> None:
@@ -109,30 +105,35 @@ class Program:
 
     # ---- the way up ----
 
-    def _set_up(self) -> None:
+    def _set_up(self) -> MicroVM:
         arguments = self._arguments
-        self._signals = SignalWatcher(self._on_signal)
+        signals = SignalWatcher(self._on_signal)
+        self._closers.callback(signals.close)
+        signals.start()
         self._hub.start()
+        self._closers.callback(self._hub.stop)
         if arguments.pidfile is not None:
-            self._pidfile = PidFile(arguments.pidfile)
+            self._closers.callback(PidFile(arguments.pidfile).close)
+        self._closers.callback(self._devices.close)
         for chardev in arguments.chardevs:
             self._devices.add_chardev(chardev)
         for index, monitor in enumerate(arguments.monitors):
             self._add_monitor(index, monitor)
-        config = self._machine_config()
-        self._add_machine(config)
-        self._add_migration()
+        machine = self._make_machine(self._machine_config())
+        self._add_commands(machine)
+        return machine
 
     def _add_monitor(self, index: int, request: MonitorRequest) -> None:
         if request.device:
-            label, consequence = f"compat_monitor{index}", f"parse error: {request.device}"
-            backend = self._devices.add_device(request.option, request.device, label, consequence)
+            backend = self._devices.add_device(request.option, request.device, f"compat_monitor{index}")
         else:
             try:
                 backend = self._devices.claim(request.chardev)
             except UsageError as error:
                 raise error.during(request.option) from error
-        self._monitors.append(QmpMonitor(backend, self._registry, self._hub, request.pretty))
+        monitor = QmpMonitor(backend, self._registry, self._hub, request.pretty)
+        self._monitors.append(monitor)
+        self._closers.push_async_callback(monitor.close)
 
     def _machine_config(self) -> MachineConfig:
         arguments = self._arguments
@@ -159,9 +160,10 @@ class Program:
 
     def _add_memory(self, config: MachineConfig) -> None:
         for request in self._arguments.backends:
-            self._memory[request.id] = make_memory(request)
+            memory = make_memory(request)
+            self._closers.callback(memory.close)
             if request.id == self._arguments.memory_backend:
-                config.ram_backend = self._memory[request.id]
+                config.ram_backend = memory
                 config.ram_idstr = ram_idstr(request)
         if config.ram_backend is None:
             return
@@ -169,52 +171,57 @@ class Program:
             raise UsageError("Machine memory size does not match the size of the memory backend")
         config.ram_size = config.ram_backend.size
 
-    def _add_machine(self, config: MachineConfig) -> None:
+    def _make_machine(self, config: MachineConfig) -> MicroVM:
         from .machine import MicroVM
 
-        self._machine = MicroVM(config, self._hub.emit, self._diagnostics.say)
-        self._machine.reboots = self._arguments.reboot
+        machine = MicroVM(config, self._hub.emit, self._diagnostics.say)
+        self._closers.push_async_callback(asyncio.to_thread, machine.close)
+        machine.reboots = self._arguments.reboot
         if self._arguments.shutdown:
-            self._machine.on_shutdown = self._on_guest_end
+            machine.on_shutdown = self._on_guest_end
+        return machine
 
-    def _add_migration(self) -> None:
+    def _add_commands(self, machine: MicroVM) -> None:
+        control = self._make_migration(machine)
+        general = MachineCommands(
+            machine,
+            self._hub.emit,
+            set_autostart=control.set_autostart,
+            quit=self._end,
+            name=self._arguments.name,
+            uuid=self._arguments.uuid,
+        )
+        self._closers.push_async_callback(general.close)
+        for commands in (session_commands(self._registry), general.commands(), control.commands()):
+            self._registry.add(commands)
+
+    def _make_migration(self, machine: MicroVM) -> MigrationCommands:
         from qemumig.commands.qmp import MigrationCommands
         from qemumig.options import MigrationOptions
 
-        arguments = self._arguments
-        assert self._machine is not None
         options = MigrationOptions()
-        for name, value in arguments.migration_properties:
+        for name, value in self._arguments.migration_properties:
             options.set_property(name, value)
-        self._control = MigrationCommands(
-            self._machine,
+        control = MigrationCommands(
+            machine,
             options,
             emit=self._hub.emit,
-            autostart=not arguments.paused,
+            autostart=not self._arguments.paused,
             take_fd=take_fd,
             exit_process=self.exit_from_any_thread,
         )
-        self._commands = MachineCommands(
-            self._machine,
-            self._hub.emit,
-            set_autostart=self._control.set_autostart,
-            quit=self._end,
-            name=arguments.name,
-            uuid=arguments.uuid,
-        )
-        for commands in (session_commands(self._registry), self._commands.commands(), self._control.commands()):
-            self._registry.add(commands)
-        if arguments.incoming not in (None, "defer"):
+        self._closers.push_async_callback(control.close)
+        uri = self._arguments.incoming
+        if uri is not None and uri != "defer":
             try:
-                self._control.incoming(arguments.incoming)
+                control.incoming(uri)
             except MigrationError as error:
-                raise UsageError(str(error)).during(f"-incoming {arguments.incoming}") from error
+                raise UsageError(str(error)).during(f"-incoming {uri}") from error
+        return control
 
     # ---- at work ----
 
-    async def _serve(self) -> None:
-        assert self._signals is not None and self._machine is not None
-        self._signals.start()
+    async def _serve(self, machine: MicroVM) -> None:
         for monitor in self._monitors:
             monitor.start()
         ended = asyncio.ensure_future(self._ending.wait())
@@ -223,7 +230,7 @@ class Program:
         if not ended.done():
             clients.result()
             if not self._arguments.paused and self._arguments.incoming is None:
-                self._machine.start()
+                machine.start()
             if self._background is not None:
                 self._background.ready()
         await ended
@@ -250,31 +257,10 @@ class Program:
         self._end()
 
     def _end(self) -> None:
-        """Begin no further command and take everything down."""
+        """Begin no further command; what is there is taken down."""
         self._ending.set()
         for monitor in self._monitors:
             monitor.stop()
-
-    # ---- the way down ----
-
-    async def _take_down(self) -> None:
-        self._end()
-        if self._commands is not None:
-            await self._commands.close()
-        if self._control is not None:
-            await self._control.close()
-        if self._machine is not None:
-            await asyncio.to_thread(self._machine.close)
-        for monitor in self._monitors:
-            await monitor.close()
-        self._hub.stop()
-        self._devices.close()
-        for memory in self._memory.values():
-            memory.close()
-        if self._pidfile is not None:
-            self._pidfile.close()
-        if self._signals is not None:
-            self._signals.close()
 
 
 def ram_idstr(request: BackendRequest) -> str:
@@ -288,15 +274,17 @@ def make_memory(request: BackendRequest) -> HostMemory:
     """The memory that `-object` asks for."""
     from .memory import HostMemory
 
-    wanted = {name.replace("-", "_"): value for name, value in request.properties.items()}
+    wanted: dict[str, Any] = {name.replace("-", "_"): value for name, value in request.properties.items()}
     wanted.pop("x_use_canonical_path_for_ramblock_id", None)
-    size = int(wanted.pop("size"))
+    size = wanted.pop("size")
+    if "share" in wanted:
+        wanted["shared"] = wanted.pop("share")
     if request.kind == "memory-backend-memfd":
-        return HostMemory.memfd(size, name=request.id, **wanted)  # type: ignore[arg-type]
+        return HostMemory.memfd(size, name=request.id, **wanted)
     if request.kind == "memory-backend-ram":
-        return HostMemory.anonymous(size, **wanted)  # type: ignore[arg-type]
-    rom = {"auto": None, "on": True, "off": False}[str(wanted.pop("rom", "auto"))]
-    return HostMemory.file(str(wanted.pop("mem_path")), size, rom=rom, **wanted)  # type: ignore[arg-type]
+        return HostMemory.anonymous(size, **wanted)
+    wanted["rom"] = {"auto": None, "on": True, "off": False}[wanted.get("rom", "auto")]
+    return HostMemory.file(wanted.pop("mem_path"), size, **wanted)
 
 
 if __name__ == "__main__":

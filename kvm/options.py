@@ -9,6 +9,7 @@ Only syntax and ranges are checked here; whether a file exists or a socket can b
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ def parse(argv: list[str]) -> Arguments:
     words = iter(argv)
     for word in words:
         if not word.startswith("-") or word == "-":
-            raise UsageError(f"{word}: disk images are not available")
+            raise UsageError(f"{word}: {_about_file(word)}")
         option = OPTIONS.get(word.removeprefix("-").removeprefix("-"))
         if option is None:
             raise UsageError(f"{word}: invalid option")
@@ -156,6 +157,13 @@ def parse(argv: list[str]) -> Arguments:
             raise error.during(typed) from error
     _check(arguments)
     return arguments
+
+
+def _about_file(path: str) -> str:
+    """Why a word that is no option, so a disk image to QEMU, is not taken."""
+    if not os.path.exists(path):
+        return f"Could not open '{path}': No such file or directory"
+    return "disk images are not available"
 
 
 # ---- what each option does with its value ----
@@ -272,9 +280,9 @@ def _object(arguments: Arguments, text: str) -> None:
 def _incoming(arguments: Arguments, text: str) -> None:
     if not text:
         raise UsageError("Parameter 'channel-type' is missing")
-    if text.startswith("{") or "=" in text.partition(",")[2]:
-        raise UsageError("-incoming takes a URI here, not a channel description")
     if text != "defer" and not URI_FORM.match(text):
+        if text.startswith("{") or "=" in text:
+            raise UsageError("-incoming takes a URI here, not a channel description")
         raise UsageError(f"Parameter 'channel-type' does not accept value '{text}'")
     arguments.incoming = text
 
@@ -416,8 +424,7 @@ def topology(pairs: dict[str, str | None]) -> tuple[int, int]:
     max_cpus = numbers.get("maxcpus", product if whole else cpus)
     if max_cpus < cpus:
         raise UsageError(
-            "Invalid CPU topology: maxcpus must be equal to or greater than smp: "
-            f"maxcpus ({max_cpus}) < smp_cpus ({cpus})"
+            f"Invalid CPU topology: maxcpus must be equal to or greater than smp: maxcpus ({max_cpus}) < smp_cpus ({cpus})"
         )
     if max_cpus % product or (whole and product != max_cpus):
         parts = " * ".join(f"{key} ({numbers[key]})" for key in TOPOLOGY if key in numbers)
@@ -507,7 +514,7 @@ def _check_machine(arguments: Arguments) -> None:
         raise UsageError(f'unsupported machine type: "{name}"', hints=(hint,))
     for key, value in arguments.machine.items():
         if key not in MACHINE_KEYS:
-            raise UsageError(f"Property '{MACHINE}-machine.{key}' not found")
+            raise UsageError(f"Property '{MACHINE}-machine.{key.partition('.')[0]}' not found")
         if key in MACHINE_SWITCHES:
             switch(key, value)
         if key in MISSING_DEVICES:

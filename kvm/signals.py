@@ -1,7 +1,8 @@
 """The signals that end the program, read like input: the loop learns who sent them (cli.md §7).
 
 The signals are blocked in every thread, so they interrupt nothing; the descriptor that `signalfd` gives becomes
-readable instead.  A child process inherits the blocked mask.
+readable instead.  A child process inherits the blocked mask: whoever starts one may unblock them in its own thread
+meanwhile.  A signal in just that moment ends the program as well, only without the sender's name.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ class SignalWatcher:
 
     def start(self) -> None:
         """Watch on the running loop."""
-        asyncio.get_running_loop().add_reader(self._descriptor, self._on_readable)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._descriptor, self._on_readable)
+        for number in ENDING:
+            loop.add_signal_handler(number, self._ended, number, 0)
 
     def close(self) -> None:
         """Watch no more; a further signal acts as if none of this had been."""
-        asyncio.get_running_loop().remove_reader(self._descriptor)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._descriptor)
+        for number in ENDING:
+            loop.remove_signal_handler(number)
         os.close(self._descriptor)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous)
 

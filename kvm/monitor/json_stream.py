@@ -382,7 +382,7 @@ def _pieces(value: Any, pretty: bool) -> Iterator[str]:
             if not stack:
                 return
             members, closer = stack[-1]
-            member = next(members, INCOMPLETE)
+            member: Any = next(members, INCOMPLETE)
             if member is not INCOMPLETE:
                 break
             stack.pop()

@@ -41,6 +41,7 @@ MIB = 1 << 20
 DIRTY_BASE = 16 * MIB
 LETTERS_BEFORE = 20  # the guest has proved to be alive
 LETTERS_AFTER = 100
+POLL_SECONDS = 0.02
 CADENCE_SECONDS = 1.0  # how long the guest is listened to before and after the switchover
 SUFFIXES = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30}
 
@@ -216,7 +217,7 @@ class Demo:
 
         self.view.begin(f"{source.name} → {destination.name}")
         try:
-            outcome = migrate(source, destination, progress=progress, timeout=self.args.timeout)
+            outcome = migrate(source, destination, progress=progress, timeout=self.args.timeout, poll=POLL_SECONDS)
         finally:
             self.view.end()
         return Hop(source.name, destination.name, outcome, rounds)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 MB = 1_000_000
+DEVICE_STATE = 200_000  # what follows the last page is no round, and smaller than this
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Rounds:
         self.finished: list[Round] = []
         self._number = 0
         self._began = (time.monotonic(), 0)  # when the round began, bytes sent until then
-        self._last: Sample | None = None
+        self._dirty_rate = 0.0  # what the last round's end showed
 
     def add(self, report: dict[str, Any]) -> tuple[Sample | None, Round | None]:
         """Take one answer: the sample it gives, and the round that has just ended, if one has."""
@@ -66,10 +67,11 @@ class Rounds:
         now, sent = time.monotonic(), ram["transferred"]
         number = max(1, ram["dirty-sync-count"])
         bandwidth = ram["mbps"] * 1e6 / 8 or self._measured(now, sent)
-        sample = Sample(number, ram["remaining"], bandwidth, ram["dirty-pages-rate"] * ram["page-size"], ram["total"])
-        over = report.get("status") == "completed" and sent > self._began[1]
+        dirty_rate = ram["dirty-pages-rate"] * ram["page-size"] or self._dirty_rate
+        sample = Sample(number, ram["remaining"], bandwidth, dirty_rate, ram["total"])
+        over = report.get("status") == "completed" and sent > self._began[1] + DEVICE_STATE
         ended = self._end(now, sent, sample) if self._number and (number > self._number or over) else None
-        self._number, self._last = number, sample
+        self._number = number
         return sample, ended
 
     def _measured(self, now: float, sent: int) -> float:
@@ -78,9 +80,11 @@ class Rounds:
         return (sent - self._began[1]) / seconds if seconds > 0 else 0.0
 
     def _end(self, now: float, sent: int, sample: Sample) -> Round:
+        """What is dirty after the round was written during it: a rate, long before the VMM has one (a second)."""
         seconds, size = now - self._began[0], sent - self._began[1]
-        before = self._last or sample
-        done = Round(self._number, seconds, size, size / seconds, sample.dirty_rate or before.dirty_rate, sample.remaining)
+        if sample.remaining:
+            self._dirty_rate = sample.remaining / seconds
+        done = Round(self._number, seconds, size, size / seconds, sample.dirty_rate or self._dirty_rate, sample.remaining)
         self.finished.append(done)
         self._began = (now, sent)
         return done

@@ -3,6 +3,7 @@
     block     RAMBlock: a named piece of guest RAM
     bitmap    words and bits: one bit a target page
     dirty     bitmap sync: the hypervisor's log into the migration bitmap
+    populated which pages exist at all: the others are zero
     save      the walk over the bitmap: one page after the other into the stream, by reference
     load      records from the stream straight into guest RAM
 

@@ -18,6 +18,7 @@ cdef class RAMBlock:
         uint64_t page_size=4096,
         uint64_t guest_address=0,
         bint shared=False,
+        bint anonymous=False,
         bint fresh=False,
         object owner=None,
     ):
@@ -35,6 +36,7 @@ cdef class RAMBlock:
         self.page_size = page_size
         self.guest_address = guest_address
         self.shared = shared
+        self.anonymous = anonymous
         self.fresh = fresh
         self.owner = owner
 

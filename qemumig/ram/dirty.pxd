@@ -2,17 +2,22 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 
+from .populated cimport PageMap
+
 cdef struct PageBlock:
     uint8_t *host                 # address of page 0
     uint64_t pages                # target pages in use
     uint64_t *dirty               # one bit a page: must be sent
-    uint64_t *unprotected         # one bit a chunk: the log was read, the pages are still writable without a trace
+    uint64_t *unvisited           # one bit a chunk: the log was read, and nothing of the chunk was since
+    uint64_t *populated           # one bit a page: it may hold something else than zeroes
 
 
 cdef class DirtyPages:
     cdef readonly list blocks         # RAMBlock, in the order of the walk
     cdef readonly list bitmaps        # Bitmap of each block
-    cdef list chunks                  # Bitmap of each block's unprotected chunks
+    cdef list chunks                  # Bitmap of each block's unvisited chunks
+    cdef list populated               # Bitmap of each block's populated pages
+    cdef PageMap page_map
     cdef readonly object log          # the machine's DirtyLog
     cdef PageBlock *table             # the same for engines
     cdef int block_count

@@ -25,5 +25,7 @@ class DirtyPages:
     def __init__(self, blocks: Iterable[RAMBlock], log: DirtyLog, chunk_shift: int = ...) -> None: ...
     def sync(self) -> int:
         """Fetch the machine's log into the bitmaps; returns how many pages are newly dirty."""
-    def protect_chunk(self, block_index: int, page: int) -> None:
-        """Let the machine protect the chunk around *page* again."""
+    def visit_chunk(self, block_index: int, page: int) -> None:
+        """Protect the chunk around *page* again, and learn which of its pages exist at all."""
+    def close(self) -> None:
+        """Give the descriptors back; nothing is sent any more."""

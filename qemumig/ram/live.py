@@ -64,6 +64,10 @@ class RamSource:
                 break
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
 
+    def close(self) -> None:
+        """Give the descriptors back; the figures stay."""
+        self.dirty.close()
+
     def write_rest(self) -> None:
         """END's body: the guest is stopped and the last sync done; everything that is left."""
         while not self.sender.send(UNLIMITED, STEP_PAGES):

@@ -6,8 +6,8 @@ Out   records on an OutputStream: ZERO (head, fill byte) or PAGE (head, then the
     head = offset of the page in its block | flags        8 bytes, big-endian
            + name of the block (u8 length, bytes), unless CONTINUE says "same as before on this channel"
 
-The engine stops and comes back to its caller when it has sent what it was allowed to, when a chunk has to be
-protected before its first page may be read, and when no dirty page is left.
+The engine stops and comes back to its caller when it has sent what it was allowed to, when it enters a chunk that has to
+be visited before its first page may be read, and when no dirty page is left.
 
 Threads   the migration thread; no GIL inside.
 Holds     (1) a page's dirty bit is cleared before its bytes are looked at; they are read again when the list is
@@ -28,7 +28,7 @@ from .search cimport Walk, next_dirty_page
 cdef enum SaveStatus:
     SAVE_LIMIT = 0                # sent what was allowed
     SAVE_CLEAN = 1                # no dirty page is left
-    SAVE_PROTECT = 2              # the chunk at the walk's position must be protected first
+    SAVE_VISIT = 2                # the chunk at the walk's position must be visited first
     SAVE_FAILED = 3               # the stream has an error
 
 cdef enum:
@@ -86,7 +86,7 @@ cdef class PageSender:
         cdef size_t length
         cdef int status
         cdef const uint8_t *page = self.dirty.table[self.walk.block].host + self.walk.page * TARGET_PAGE_SIZE
-        if is_zero(page, TARGET_PAGE_SIZE):
+        if not test_bit(self.dirty.table[self.walk.block].populated, self.walk.page) or is_zero(page, TARGET_PAGE_SIZE):
             length = self.put_head(head, RAM_SAVE_FLAG_ZERO)
             head[length] = 0
             self.zero_pages += 1
@@ -105,8 +105,8 @@ cdef class PageSender:
             if self.out.offset >= last_offset or sent == page_limit:
                 return SAVE_LIMIT
             block = &self.dirty.table[self.walk.block]
-            if test_bit(block.unprotected, self.walk.page >> self.dirty.chunk_shift):
-                return SAVE_PROTECT
+            if test_bit(block.unvisited, self.walk.page >> self.dirty.chunk_shift):
+                return SAVE_VISIT
             clear_bit(block.dirty, self.walk.page)
             self.dirty.remaining -= 1
             self.stream_status = self.send_page()
@@ -130,8 +130,8 @@ cdef class PageSender:
                 return self.dirty.remaining == 0
             with nogil:
                 status = self.send_some(last_offset - self.out.offset, page_limit - sent)
-            if status == SAVE_PROTECT:
-                self.dirty.protect_chunk(self.walk.block, self.walk.page)
+            if status == SAVE_VISIT:
+                self.dirty.visit_chunk(self.walk.block, self.walk.page)
             elif status == SAVE_FAILED:
                 self.out.raise_on(self.stream_status)
             else:

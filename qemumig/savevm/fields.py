@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, repeat
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .place import Loading, Saving
 
@@ -126,35 +126,36 @@ class Field:
 
     def save(self, saving: Saving, record: Any, wire_name: str) -> list[Description]:
         """Append the field of *record*; return its description objects."""
-        saving.path.append((self.name, None))
-        values = self._values(saving, record)
-        elements = []
-        for number, value in enumerate(values):
-            saving.path[-1] = (self.name, None if self.count is None else number)
-            kind = _NULL if value is None and self._may_be_null else self.kind
-            if value is None and self.pointer and kind is not _NULL:
-                saving.refuse("the pointer is null, expected a value")
-            start = len(saving.out)
-            inner = kind.save(saving, value, record)
-            elements.append(_Element(number, kind, inner, len(saving.out) - start))
-        saving.path.pop()
+        if self.count is None:
+            return [self._save_element(saving, record, self._local(record), None).describe(wire_name, {})]
+        values = self._values(saving, record, self.count)
+        elements = [self._save_element(saving, record, value, number) for number, value in enumerate(values)]
         return [one for run in self._runs(elements) for one in self._describe(wire_name, run)]
 
-    @property
-    def _may_be_null(self) -> bool:
-        return self.pointer and self.count is not None
+    def _save_element(self, saving: Saving, record: Any, value: Any, number: int | None) -> _Element:
+        """Append one element; *number* None: the field is no array."""
+        saving.path.append((self.name, number))
+        kind = self.kind
+        if value is None and self.pointer:
+            if number is None:
+                saving.refuse("the pointer is null, expected a value")
+            kind = _NULL
+        start = len(saving.out)
+        inner = kind.save(saving, value, record)
+        saving.path.pop()
+        return _Element(number, kind, inner, len(saving.out) - start)
 
-    def _values(self, saving: Saving, record: Any) -> Sequence[Any]:
-        """The elements of *record*; an array has as many as its count says."""
+    def _values(self, saving: Saving, record: Any, count: int | Count) -> Sequence[Any]:
+        """The elements of the array in *record*, as many as *count* says."""
+        saving.path.append((self.name, None))
+        length = length_of(count, record, saving)
         value = self._local(record)
-        if self.count is None:
-            return (value,)
-        length = length_of(self.count, record, saving)
         if self.attr is None:
-            return (None,) * length
+            value = (None,) * length
         values: Sequence[Any] = value if self.first is None else value[self.first : self.first + length]
         if len(values) != length:
             saving.refuse(f"the record holds {len(values)} elements, expected {length}")
+        saving.path.pop()
         return values
 
     def load(self, loading: Loading, record: Any) -> None:
@@ -202,16 +203,15 @@ class Field:
             yield element.describe(wire_name, {})
 
 
-@dataclass(frozen=True)
-class _Element:
+class _Element(NamedTuple):
     """An element that was written: what its description says."""
 
-    number: int
+    number: int | None
     kind: Kind
     inner: Description
     size: int
 
-    def describe(self, wire_name: str, position: dict[str, int]) -> Description:
+    def describe(self, wire_name: str, position: dict[str, int | None]) -> Description:
         head: Description = {"name": wire_name, **position, "type": self.kind.type}
         return {**head, **self.inner, "size": self.size}
 

@@ -19,6 +19,7 @@ from .fields import Description
 from .reader import BytesReader
 
 _LISTS = ("qtailq", "qlist", "gtree")  # u8 1 before each element, u8 0 after the last
+_MAX_ELEMENTS = 1 << 20  # of an array
 _MAX_DEPTH = 32  # of structures in structures: real descriptions have five
 
 
@@ -118,6 +119,8 @@ def _split_state(state: dict[str, Any], reader: BytesReader, prefix: str, depth:
 
 def _split_field(one: dict[str, Any], reader: BytesReader, prefix: str, depth: int) -> Iterator[DescribedField]:
     indices: Sequence[int | None] = range(one["array_len"]) if "array_len" in one else [one.get("index")]
+    if len(indices) > _MAX_ELEMENTS:
+        raise ValueError(f"array_len {len(indices)} of {one['name']!r} is more than {_MAX_ELEMENTS}")
     for index in indices:
         path = prefix + one["name"] + ("" if index is None else f"[{index}]")
         offset = reader.offset
@@ -164,9 +167,9 @@ def _size_of(one: dict[str, Any]) -> int:
 def _split_subsection(subsection: dict[str, Any], reader: BytesReader, prefix: str, depth: int) -> Iterator[DescribedField]:
     name, version = subsection["vmsd_name"], subsection["version"]
     offset = reader.offset
-    head = reader.read(6 + len(name.encode()), f"the head of subsection {name!r}")
-    expected = bytes([SectionType.QEMU_VM_SUBSECTION, len(name.encode())]) + name.encode() + version.to_bytes(4, "big")
-    if head != expected:
+    start = bytes([SectionType.QEMU_VM_SUBSECTION, len(name.encode())]) + name.encode()
+    head = reader.read(len(start) + 4, f"the head of subsection {name!r}")
+    if not head.startswith(start) or int.from_bytes(head[-4:], "big") != version:
         raise StreamError(f"subsection {name!r} version {version} expected at offset {offset:#x}, found {head!r}")
     yield DescribedField(f"{prefix}>>{name}", "subsection", head, offset)
     yield from _split_state(subsection, reader, f"{prefix}<{name}>.", depth + 1)

@@ -181,12 +181,16 @@ class VMState:
             loading.refuse(str(error))
 
     def _read_subsections(self, loading: Loading, record: Any) -> None:
+        """Read the subsections that are there; the attributes of all others become None."""
+        local = {one.attr: one.record_of(record) for one in self.subsections}
+        for attr in local:
+            set_member(record, attr, None)
         while name := self._peek_subsection_name(loading.reader):
             subsection = next((one for one in self.subsections if one.vmstate.name.encode() == name), None)
             if subsection is None:
                 loading.refuse(f"unknown subsection {name.decode(errors='replace')!r} of {self.name!r}")
             loading.reader.read(2 + len(name))
-            subsection.load(loading, record)
+            subsection.load(loading, record, local[subsection.attr])
 
     def _peek_subsection_name(self, reader: Reader) -> bytes:
         """The name of the subsection of this state that comes next; empty when none does.
@@ -218,14 +222,16 @@ class Subsection:
         value = get_member(parent, self.attr)
         return Value(value) if self.is_plain and value is not None else value
 
-    def load(self, loading: Loading, parent: Any) -> None:
-        """Read version and state into *parent*; name and marker are read already.  A repeated one is read again."""
+    def load(self, loading: Loading, parent: Any, local: Any) -> None:
+        """Read version and state into *parent*; marker and name are read already.  A repeated one is read again.
+
+        *local*: the record of the local machine, or None.
+        """
         vmstate = self.vmstate
         loading.path.append((f"<{vmstate.name}>", None))
         version_id = loading.reader.read_be32("the version of a subsection")
         vmstate.check_version(loading, version_id)
-        record = self.record_of(parent)
-        record = vmstate.record() if record is None else record
+        record = vmstate.record() if local is None else local
         vmstate.read(loading, record, version_id)
         set_member(parent, self.attr, record.value if self.is_plain else record)
         loading.path.pop()

@@ -361,6 +361,8 @@ class Attempt:
             with self._lock:
                 channel, self._channel = self._channel, None
             channel.close()
+        if self.ram is not None:
+            self.ram.close()
         self._quit.close()
         self._states.advance(MigrationStatus.CANCELLING, MigrationStatus.CANCELLED)
 

@@ -189,6 +189,7 @@ def test_a_process_that_is_killed_never_leaves_two_guests(stage: Stage, victim: 
             check_destination_alone(stage, left)
         else:
             check_source_alone(stage, left)
+        left.close()
 
 
 def check_destination_alone(stage: Stage, destination: Vmm) -> None:

@@ -1,8 +1,8 @@
 """The self-checking guest: its image with parameters, and what it says of itself.
 
-    image   tests/guests/tinyguest.bin with a patched parameter block
-    status  64 bytes a vCPU from guest-physical 0x1000: passes, ticks, error character, …
-    letters on the serial port: A cold start, B, C, … another round of vCPU 0, 1, …; t the timer ticked; others are errors
+image   tests/guests/tinyguest.bin with a patched parameter block
+status  64 bytes a vCPU from guest-physical 0x1000: passes, ticks, error character, …
+letters on the serial port: A cold start, B, C, … another round of vCPU 0, 1, …; t the timer ticked; others are errors
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Letters:
         """All letters, as soon as *letter* is among them *count* times more than now, or an error is."""
         with self._more:
             wanted = self.text.count(letter) + count
-            arrived = self._more.wait_for(
-                lambda: self.text.count(letter) >= wanted or self.errors, timeout
-            )
+            arrived = self._more.wait_for(lambda: self.text.count(letter) >= wanted or self.errors, timeout)
             assert arrived, f"no {count} more {letter!r} within {timeout} s; all that came is {self.text[-80:]!r}"
             return self.text
 

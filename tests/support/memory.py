@@ -15,8 +15,8 @@ from qemumig.ram.block import RAMBlock
 class Memory:
     """Anonymous memory of *size* bytes as a RAMBlock."""
 
-    def __init__(self, idstr: str, size: int, *, fresh: bool = True) -> None:
-        self.map = mmap.mmap(-1, size)
+    def __init__(self, idstr: str, size: int, *, fresh: bool = True, flags: int = mmap.MAP_SHARED) -> None:
+        self.map = mmap.mmap(-1, size, flags=flags)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.block = RAMBlock(idstr, self._address, size, fresh=fresh, owner=self)
 

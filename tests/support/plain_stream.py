@@ -149,9 +149,7 @@ class Reader:
         while self.at.offset < description_at:
             self.read_element()
         if self.at.offset != description_at:
-            raise PlainStreamError(
-                f"offset {self.at.offset:#x}: an element runs past the end mark at {description_at:#x}"
-            )
+            raise PlainStreamError(f"offset {self.at.offset:#x}: an element runs past the end mark at {description_at:#x}")
         if self.devices:
             raise PlainStreamError(f"section {self.devices[0]['name']!r} is described but was not sent")
         if self.ram_id is not None and self.ram_ended == self.background_snapshot:

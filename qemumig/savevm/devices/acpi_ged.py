@@ -68,13 +68,20 @@ class CpuHotplug:
 
 
 @dataclass
+class ErrorRecords:
+    """Where the error records lie in guest memory; only with error injection."""
+
+    hw_error_le: int = 0
+
+
+@dataclass
 class AcpiGedState:
-    """The event device; *ghes*, the address of the error records, comes only with error injection."""
+    """The event device."""
 
     ged_state: GedState = field(default_factory=GedState)
     memhp: MemoryHotplug | None = None
     cpuhp: CpuHotplug | None = None
-    ghes: int | None = None
+    ghes: ErrorRecords | None = None
 
 
 _MEMORY_SLOT = VMState(
@@ -105,18 +112,24 @@ _CPU_HOTPLUG = VMState(
     record=CpuHotplug,
 )
 
-_GHES = VMState("acpi-ghes", 1, (uint64("hw_error_le", "value"),))
+_GHES = VMState("acpi-ghes", 1, (uint64("hw_error_le"),), record=ErrorRecords)
 
 _GED_STATE = VMState("acpi-ged-state", 1, (uint32("sel"),), record=GedState)
+
+
+def _nested(attr: str, member: str, vmstate: VMState) -> Subsection:
+    """A subsection `acpi-ged/attr` that is one structure."""
+    return plain_subsection(attr, f"acpi-ged/{attr}", lambda name, value: struct(name, vmstate, value), member)
+
 
 ACPI_GED = VMState(
     "acpi-ged",
     1,
     (struct("ged_state", _GED_STATE),),
     subsections=(
-        plain_subsection("memhp", "acpi-ged/memhp", lambda name, attr: struct(name, _MEMORY_HOTPLUG, attr), "memhp_state"),
-        plain_subsection("cpuhp", "acpi-ged/cpuhp", lambda name, attr: struct(name, _CPU_HOTPLUG, attr), "cpuhp_state"),
-        Subsection("ghes", VMState("acpi-ged/ghes", 1, (struct("ghes_state", _GHES, "value"),))),
+        _nested("memhp", "memhp_state", _MEMORY_HOTPLUG),
+        _nested("cpuhp", "cpuhp_state", _CPU_HOTPLUG),
+        _nested("ghes", "ghes_state", _GHES),
     ),
     record=AcpiGedState,
 )

@@ -485,9 +485,14 @@ def _msr(attr: str, member: str, needed: Any = when_nonzero) -> Subsection:
     return plain_subsection(attr, f"cpu/{attr}", uint64, f"env.{member}", needed=needed)
 
 
-def _record(attr: str, record: Any, *fields: Field, needed: Any = _when_any) -> Subsection:
+def _record(attr: str, record: Any, *fields: Field, needed: Any = _when_any, post_load: Any = None) -> Subsection:
     """A subsection `cpu/attr` with a record of its own."""
-    return Subsection(attr, VMState(f"cpu/{attr}", 1, fields, record=record, needed=needed))
+    return Subsection(attr, VMState(f"cpu/{attr}", 1, fields, record=record, needed=needed, post_load=post_load))
+
+
+def _tiles_to_bytes(tiles: AmxXtile, version_id: int) -> None:
+    """The wire has arrays of single bytes, where the record has them in one piece."""
+    tiles.xtilecfg, tiles.xtiledata = bytes(tiles.xtilecfg), bytes(tiles.xtiledata)
 
 
 def _four_words(name: str, attr: str) -> Field:
@@ -639,6 +644,7 @@ _SUBSECTIONS = (
         uint8("env.xtilecfg", count=64),
         uint8("env.xtiledata", count=8192),
         needed=None,
+        post_load=_tiles_to_bytes,
     ),
     _record(
         "arch_lbr",

@@ -92,7 +92,14 @@ def test_system_reset_resets_and_says_so(directory):
 
 def test_names_and_numbers_of_the_machine(directory):
     answers, _ = ask(
-        directory, "query-name", "query-uuid", "query-kvm", "query-target", "query-version", name="vm", uuid=bytes(range(16))
+        directory,
+        "query-name",
+        "query-uuid",
+        "query-kvm",
+        "query-target",
+        "query-version",
+        name="vm",
+        uuid=bytes(range(16)),
     )
     assert [answer["return"] for answer in answers] == [
         {"name": "vm"},
@@ -184,7 +191,9 @@ def test_a_dump_without_a_reader_does_not_outlive_the_program(directory, no_leak
 
     async def scenario(house):
         client = await house.client()
-        client.send(b'{"execute": "pmemsave", "arguments": {"val": 0, "size": 1, "filename": "%s/fifo"}}' % bytes(directory))
+        client.send(
+            b'{"execute": "pmemsave", "arguments": {"val": 0, "size": 1, "filename": "%s/fifo"}}' % bytes(directory)
+        )
         client.send(b" ")
         while house.monitors[0]._queue == []:
             await asyncio.sleep(0)

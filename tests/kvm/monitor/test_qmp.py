@@ -426,9 +426,7 @@ def test_named_descriptors_are_limited(directory, no_leaks):
         answers = []
         with pipe() as (_, writer):
             for number in range(MAX_NAMED_DESCRIPTORS + 1):
-                client.send_with_descriptor(
-                    b'{"execute": "getfd", "arguments": {"fdname": "x%d"}}' % number, writer
-                )
+                client.send_with_descriptor(b'{"execute": "getfd", "arguments": {"fdname": "x%d"}}' % number, writer)
                 answers.append(await client.response())
         client.close()
         return answers

@@ -10,12 +10,14 @@ import pytest
 from qemumig.cli.progress import Rounds, Sample, View, left, size
 
 
-def report(syncs: int, sent: int, remaining: int, status: str = "active", mbps: float = 800.0) -> dict[str, Any]:
+def report(
+    syncs: int, sent: int, remaining: int, status: str = "active", mbps: float = 800.0, dirty: int = 1000
+) -> dict[str, Any]:
     return {
         "status": status,
         "ram": {
             "dirty-sync-count": syncs, "transferred": sent, "remaining": remaining, "mbps": mbps,
-            "dirty-pages-rate": 1000, "page-size": 4096, "total": 1 << 30,
+            "dirty-pages-rate": dirty, "page-size": 4096, "total": 1 << 30,
         },
     }  # fmt: skip
 
@@ -39,11 +41,21 @@ def test_new_bitmap_sync_ends_a_round() -> None:
     assert (ended.number, ended.sent, ended.remaining) == (1, 1000, 50)
 
 
+def test_dirty_rate_is_seen_at_the_end_of_a_round_before_the_vmm_has_one() -> None:
+    rounds = Rounds()
+    rounds.add(report(1, 100, 900, dirty=0))
+    ended = rounds.add(report(2, 1000, 500, dirty=0))[1]
+    sample = rounds.add(report(2, 1100, 400, dirty=0))[0]
+    assert ended is not None
+    assert sample is not None
+    assert ended.dirty_rate == sample.dirty_rate == 500 / ended.seconds
+
+
 def test_completion_ends_the_last_round_once() -> None:
     rounds = Rounds()
     rounds.add(report(1, 100, 900))
-    rounds.add(report(3, 1000, 0, "completed"))
-    rounds.add(report(3, 1000, 0, "completed"))
+    rounds.add(report(3, 9_000_000, 0, "completed"))
+    rounds.add(report(3, 9_020_000, 0, "completed"))
     assert [done.number for done in rounds.finished] == [1]
 
 

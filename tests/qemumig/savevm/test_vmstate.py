@@ -117,13 +117,25 @@ def test_a_subsection_is_sent_only_when_it_is_needed() -> None:
     assert vmstate.save(Box(1, number=2))[0] == b"\x01" + NUMBER_HEAD + b"\x00\x02"
 
 
+def test_a_subsection_that_does_not_come_is_none_whatever_the_reset_value() -> None:
+    vmstate = VMState("box", 3, BOX.fields, subsections=BOX.subsections, record=lambda: Box(0, Part(4), 5))
+    assert _load(vmstate, b"\x07")[0] == Box(7, None, None)
+    assert _load(vmstate, b"\x07" + NUMBER_HEAD + b"\x00\x09")[0] == Box(7, None, 9)
+
+
+@dataclass
+class Inner:
+    b: int = 0
+    part: Part | None = None
+
+
 def test_a_nested_state_does_not_swallow_the_subsections_of_the_outer_one() -> None:
-    inner = VMState("inner", 1, (kinds.uint8("b"),), subsections=(Subsection("part", PART),), record=lambda: Part())
+    inner = VMState("inner", 1, (kinds.uint8("b"),), subsections=(Subsection("part", PART),), record=Inner)
     outer = VMState(
         "box", 1, (kinds.struct("a", inner),), subsections=(Subsection("part", PART),), record=lambda: Box(None)
     )
     record, left = _load(outer, b"\x01" + PART_HEAD + b"\x02")
-    assert (record.a.b, record.part, left) == (1, Part(2), 0)
+    assert (record.a, record.part, left) == (Inner(1), Part(2), 0)
 
 
 # -- versions

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qemumig.errors import StreamError
 from qemumig.savevm import sections, vmdesc
 from qemumig.savevm.devices.cpu import derive_hflags
 from qemumig.savevm.reader import BytesReader
+from qemumig.wire.stream import InputStream
 from tests.qemumig.savevm import recorded
+from tests.support.memory import channel_pair
 
 NAMES = recorded.names()
 NEWER = [name for name in NAMES if not name.startswith("q72-")]
@@ -234,3 +240,28 @@ def test_a_refusal_names_section_instance_field_and_offset() -> None:
     assert caught.value.section == "cpu"
     assert caught.value.offset == section.offset + 300  # segs[3] begins at 296, its selector has 4 bytes
     assert str(caught.value).startswith("section 'cpu' instance 1, field env.segs[3].base: stream ends inside")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(_distinct_sections()), st.data())
+def test_a_damaged_section_is_refused_or_becomes_a_whole_record(
+    section: recorded.RecordedSection, data: st.DataObject
+) -> None:
+    damaged = bytearray(section.payload + sections.encode_section_footer(section.header.section_id))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(StreamError):
+        _load_with_footer(section, bytes(damaged))
+
+
+def test_a_recording_loads_from_a_real_stream_as_it_does_from_memory() -> None:
+    recording = recorded.load("q100-acpi")
+    with channel_pair() as (left, right):
+        for section in recording.devices:
+            os.write(left.write_fd, section.payload + sections.encode_section_footer(section.header.section_id))
+        stream = InputStream(right)
+        for section in recording.devices:
+            header = section.header
+            record = section.vmstate.load(stream, header.version_id, section=header.idstr)
+            sections.read_section_footer(stream, header.section_id, header.idstr)
+            assert record == section.record

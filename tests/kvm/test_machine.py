@@ -1,0 +1,617 @@
+"""The machine as a whole, with the self-checking guest inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm.boot import FirmwareError
+from kvm.config import MachineConfig
+from kvm.cpuid import CpuModelError
+from kvm.machine import NEXT, MicroVM
+from kvm.memory import HostMemory
+from qemumig.errors import MachineError, StateError
+from qemumig.qapi import RunState
+from qemumig.ram.block import RAMBlock
+from qemumig.savevm.devices.cpu import CPU
+from qemumig.savevm.devices.kvmclock import KVMCLOCK
+from qemumig.savevm.reader import BytesReader
+from tests.qemumig.savevm import recorded
+from tests.support import guest
+from tests.support.guest import Letters
+from tests.support.plain_stream import read_stream
+
+pytestmark = [pytest.mark.needs("kvm"), pytest.mark.usefixtures("no_leaks")]
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+class Workshop:
+    """Makes machines with the guest inside, remembers their events, and closes them after the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.events: list[tuple] = []
+        self.warnings: list[str] = []
+        self._machines: list[MicroVM] = []
+
+    def image(self, **parameters: int) -> str:
+        return guest.write_image(self.folder, **{"print_every": 20, "dirty_pages": 256, **parameters})
+
+    def machine(self, letters: Letters | None = None, *, bios: str = "", **config: Any) -> MicroVM:
+        """A stopped machine of 64 MiB; *config* as in MachineConfig."""
+        settings = {"ram_size": 64 * MIB, "cpu_features": {"pni": False}, **config}
+        made = MicroVM(
+            MachineConfig(bios=bios or self.image(), serial=letters, **settings),  # type: ignore[arg-type]
+            lambda name, data=None: self.events.append((name, *(data or {}).values())),
+            self.warnings.append,
+        )
+        self._machines.append(made)
+        return made
+
+    def close(self) -> None:
+        for machine in self._machines:
+            machine.close()
+
+
+@pytest.fixture
+def workshop(directory: Path) -> Iterator[Workshop]:
+    workshop = Workshop(directory)
+    yield workshop
+    workshop.close()
+
+
+def running_guest(workshop: Workshop, cpus: int = 1, **parameters: int) -> tuple[MicroVM, Letters]:
+    """A machine whose guest has all checks on and every vCPU at work."""
+    letters = Letters()
+    bios = workshop.image(**{"flags": guest.ALL_CHECKS, "ncpus": cpus, **parameters})
+    machine = workshop.machine(letters, bios=bios, cpus=cpus, max_cpus=cpus)
+    machine.start()
+    wait_for_all(letters, cpus)
+    return machine, letters
+
+
+def wait_for_all(letters: Letters, cpus: int, rounds: int = 2) -> None:
+    for cpu in range(cpus):
+        letters.wait(rounds, bytes([ord("B") + cpu]))
+    assert letters.errors == b""
+
+
+def move(source: MicroVM, destination: MicroVM) -> None:
+    """Carry a stopped machine's memory and device records over, the records by way of their bytes."""
+    for ours, theirs in zip(source.ram_blocks, destination.ram_blocks, strict=True):
+        assert (ours.idstr, ours.used_length) == (theirs.idstr, theirs.used_length)
+        theirs.owner.write(0, ours.owner.read(0, ours.used_length))  # type: ignore[attr-defined]
+    destination.load_device_state(over_the_wire(source))
+
+
+def over_the_wire(machine: MicroVM) -> list[tuple[Any, Any]]:
+    return [
+        (section, section.vmstate.load(BytesReader(data), section.vmstate.version_id))
+        for section, data in device_bytes(machine)
+    ]
+
+
+def device_bytes(machine: MicroVM) -> list[tuple[Any, bytes]]:
+    return [(section, section.vmstate.save(record)[0]) for section, record in machine.save_device_state()]
+
+
+# -- the guest runs
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_the_guest_boots_and_all_its_checks_pass(workshop: Workshop, cpus: int) -> None:
+    machine, letters = running_guest(workshop, cpus)
+    machine.stop(RunState.PAUSED)
+    assert letters.text.startswith(b"A") and letters.text.count(b"A") == 1
+    for cpu in range(cpus):
+        status = guest.status(machine.read_physical, cpu)
+        assert status.error == 0 and status.passes >= 40
+        assert status.ticks > 0 and status.clock > 0
+    assert workshop.events == [("RESUME",), ("STOP",)]
+    assert workshop.warnings == []
+
+
+def test_ram_above_3_gib_is_at_4_gib(workshop: Workshop) -> None:
+    letters = Letters()
+    bios = workshop.image(dirty_base=4 << 30, dirty_pages=64, map_gib=5)
+    machine = workshop.machine(letters, bios=bios, ram_size=(3 << 30) + 8 * MIB)
+    machine.start()
+    letters.wait(3)
+    machine.stop(RunState.PAUSED)
+    assert int.from_bytes(machine.read_physical(4 << 30, 8), "little") >= 60
+    ram = machine.ram_blocks[0]
+    assert ram.owner.read(3 << 30, 8) == machine.read_physical(4 << 30, 8)  # type: ignore[attr-defined]
+
+
+def test_200_stops_and_starts_leave_a_busy_guest_intact(workshop: Workshop) -> None:
+    machine, letters = running_guest(workshop, 2)
+    for _ in range(200):
+        machine.stop(RunState.PAUSED)
+        frozen = machine.read_physical(guest.STATUS_ADDRESS, 128)
+        assert machine.read_physical(guest.STATUS_ADDRESS, 128) == frozen
+        machine.start()
+    wait_for_all(letters, 2)
+    assert workshop.events == [("RESUME",), *[("STOP",), ("RESUME",)] * 200]
+
+
+def test_stops_and_starts_from_several_threads_leave_the_guest_intact(workshop: Workshop) -> None:
+    machine, letters = running_guest(workshop)
+
+    def toggle() -> None:
+        for _ in range(40):
+            machine.stop(RunState.PAUSED)
+            machine.start()
+
+    threads = [threading.Thread(target=toggle) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_for_all(letters, 1)
+    states = [name for name, *_ in workshop.events]
+    assert states == [("RESUME", "STOP")[number % 2] for number in range(len(states))]
+
+
+def test_the_paravirtual_clock_stands_still_while_the_guest_does(workshop: Workshop) -> None:
+    machine, letters = running_guest(workshop)
+    machine.stop(RunState.PAUSED)
+    stopped = clock_of(machine)
+    assert clock_of(machine) == stopped
+    machine.start()
+    letters.wait(1)
+    machine.stop(RunState.PAUSED)
+    assert clock_of(machine) > stopped
+    assert letters.errors == b""
+
+
+def clock_of(machine: MicroVM) -> int:
+    return next(record.clock for section, record in machine.save_device_state() if section.vmstate is KVMCLOCK)
+
+
+# -- migration of device state
+
+
+def test_sections_come_in_the_order_of_a_real_machine(workshop: Workshop) -> None:
+    machine = workshop.machine(cpus=2, max_cpus=2)
+    sections = [(section.idstr, section.instance_id) for section in machine.sections()]
+    stream = recorded.load("q100-2cpu-checks")
+    real = [(one.header.idstr, one.header.instance_id) for one in stream.devices if one.header.idstr != "globalstate"]
+    assert sections == real
+    assert [section for section, _ in machine.save_device_state()] == list(machine.sections())
+
+
+def test_sections_have_the_size_of_a_real_machine_s(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop, 2)
+    machine.stop(RunState.PAUSED)
+    ours = {(section.idstr, section.instance_id): len(data) for section, data in device_bytes(machine)}
+    stream = recorded.load("q100-2cpu-checks")
+    real = {(one.header.idstr, one.header.instance_id): len(one.payload) for one in stream.devices}
+    del real["globalstate", 0]
+    assert ours == real
+
+
+def test_without_vapic_and_serial_port_their_sections_are_missing(workshop: Workshop) -> None:
+    machine = workshop.machine(vapic=False, isa_serial=False)
+    assert not {"kvm-tpr-opt", "serial"} & {section.idstr for section in machine.sections()}
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_a_guest_goes_on_in_a_second_machine_and_back(workshop: Workshop, cpus: int) -> None:
+    machine, letters = running_guest(workshop, cpus)
+    for _ in range(3):
+        machine.stop(RunState.FINISH_MIGRATE)
+        before = [guest.status(machine.read_physical, cpu).passes for cpu in range(cpus)]
+        letters = Letters()
+        bios = workshop.image(flags=guest.ALL_CHECKS, ncpus=cpus)
+        destination = workshop.machine(letters, bios=bios, cpus=cpus, max_cpus=cpus, incoming=True)
+        move(machine, destination)
+        machine.set_runstate(RunState.POSTMIGRATE)
+        destination.start()
+        wait_for_all(letters, cpus)
+        assert b"A" not in letters.text
+        machine = destination
+    machine.stop(RunState.PAUSED)
+    assert all(guest.status(machine.read_physical, cpu).passes > before[cpu] for cpu in range(cpus))
+
+
+def test_state_that_was_loaded_is_saved_byte_identical(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop, 2)
+    machine.stop(RunState.PAUSED)
+    first = device_bytes(machine)
+    assert device_bytes(machine) == first
+    destination = workshop.machine(bios=workshop.image(), cpus=2, max_cpus=2, incoming=True)
+    destination.load_device_state(over_the_wire(machine))
+    again = device_bytes(destination)
+    assert [data for _, data in again] == [data for _, data in first]
+
+
+@pytest.mark.parametrize("name", ["q72-1cpu-checks", "q100-1cpu-checks", "q100-2cpu-checks", "q102-2cpu-checks"])
+def test_a_guest_recorded_in_a_real_machine_goes_on_here(workshop: Workshop, name: str) -> None:
+    recording = recorded.load(name)
+    cpus = sum(one.vmstate is CPU for one in recording.devices)
+    letters = Letters()
+    machine = workshop.machine(letters, ram_size=32 * MIB, cpus=cpus, max_cpus=cpus, incoming=True)
+    stream = read_stream(recording.data)
+    for block in machine.ram_blocks:
+        block.owner.write(0, stream.blocks[block.idstr].memory)  # type: ignore[attr-defined]
+    ours = {(section.idstr, section.instance_id): section for section in machine.sections()}
+    machine.load_device_state(
+        [
+            (ours[one.header.idstr, one.header.instance_id], one.record)
+            for one in recording.devices
+            if one.header.idstr != "globalstate"
+        ]
+    )
+    machine.start()
+    wait_for_all(letters, cpus)
+    assert b"A" not in letters.text
+
+
+def test_of_a_section_that_comes_twice_the_last_counts(workshop: Workshop) -> None:
+    machine = workshop.machine(incoming=True)
+    loaded = machine.save_device_state()
+    clock = next(section for section in machine.sections() if section.vmstate is KVMCLOCK)
+    again = dataclasses.replace(dict((s.idstr, r) for s, r in loaded)["kvmclock"], clock=123)  # noqa: C402
+    machine.load_device_state([*loaded, (clock, again)])
+    assert clock_of(machine) == 123
+
+
+def test_a_section_of_another_machine_is_refused(workshop: Workshop) -> None:
+    machine, larger = workshop.machine(), workshop.machine(cpus=2, max_cpus=2)
+    with pytest.raises(MachineError, match="no section 'cpu_common' instance 1"):
+        machine.load_device_state(larger.save_device_state())
+
+
+def test_what_kvm_refuses_fails_the_load(workshop: Workshop) -> None:
+    machine = workshop.machine(incoming=True)
+    records = dict((section.idstr, (section, record)) for section, record in machine.save_device_state())  # noqa: C402
+    section, cpu = records["cpu"]
+    with pytest.raises(MachineError, match="vCPU 0: .*XCR0 to 0x0"):
+        machine.load_device_state([(section, dataclasses.replace(cpu, xcr0=0))])
+
+
+def test_a_running_machine_is_neither_saved_nor_loaded_nor_emptied(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop)
+    for act in (machine.save_device_state, lambda: machine.load_device_state([]), machine.discard_ram):
+        with pytest.raises(StateError, match="the machine is running"):
+            act()
+
+
+# -- dirty log
+
+
+def dirty_pages(machine: MicroVM, block: RAMBlock) -> set[int]:
+    words = memoryview(array("Q", bytes(8 * ((block.pages + 63) // 64))))
+    machine.dirty_log.fetch(block, words)
+    return {64 * index + bit for index, word in enumerate(words) if word for bit in range(64) if word >> bit & 1}
+
+
+@pytest.mark.parametrize("manual", [True, False], ids=["manual", "automatic"])
+def test_the_dirty_log_finds_exactly_what_the_guest_wrote(workshop: Workshop, manual: bool) -> None:
+    letters = Letters()
+    bios = workshop.image(dirty_pages=300)
+    machine = workshop.machine(letters, bios=bios, manual_dirty_log=manual)
+    ram, firmware = machine.ram_blocks
+    machine.start()
+    letters.wait(1)
+    assert machine.dirty_log.manual_clear in (manual, False)
+    machine.dirty_log.start()
+    machine.stop(RunState.PAUSED)
+    for block in machine.ram_blocks:  # with manual clearing, everything is dirty at first
+        dirty_pages(machine, block)
+        machine.dirty_log.clear(block, 0, block.pages)
+    assert (dirty_pages(machine, ram), dirty_pages(machine, firmware)) == (set(), set())
+    passes = guest.status(machine.read_physical).passes
+    machine.start()
+    letters.wait(2)
+    machine.stop(RunState.PAUSED)
+    assert guest.status(machine.read_physical).passes > passes
+    written = dirty_pages(machine, ram)
+    counted = set(range(0x1000000 // PAGE, 0x1000000 // PAGE + 300))
+    assert counted | {guest.STATUS_ADDRESS // PAGE} <= written
+    assert written - counted <= set(range(0x1000 // PAGE, 0x80000 // PAGE))  # its tables, stacks and status
+    assert dirty_pages(machine, firmware) == set()
+    machine.dirty_log.stop()
+
+
+def test_pages_the_guest_does_not_touch_again_stay_clean_once_cleared(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop, flags=0)
+    ram = machine.ram_blocks[0]
+    machine.dirty_log.start()
+    seen: set[int] = set()
+    for _ in range(30):  # while it runs
+        seen |= dirty_pages(machine, ram)
+        machine.dirty_log.clear(ram, 0, ram.pages)
+    machine.stop(RunState.PAUSED)
+    assert dirty_pages(machine, ram) <= set(range(0x80)) | set(range(0x1000, 0x1100))
+    machine.dirty_log.stop()
+
+
+def test_writes_through_the_firmware_s_low_alias_are_dirty_in_its_block(workshop: Workshop) -> None:
+    machine = workshop.machine()
+    _, firmware = machine.ram_blocks
+    machine.dirty_log.start()
+    dirty_pages(machine, firmware)
+    machine.dirty_log.clear(firmware, 0, firmware.pages)
+    machine.reset()  # loads the firmware anew: our own write
+    assert dirty_pages(machine, firmware) == set(range(16))
+    assert dirty_pages(machine, firmware) == set()
+    machine.dirty_log.stop()
+
+
+# -- reset and failure
+
+
+TRIPLE_FAULT = bytes.fromhex(
+    "66 ba f8 03  b0 41  ee"  # mov dx, 0x3f8; mov al, 'A'; out dx, al   (in 16-bit code: 66 makes it edx)
+    "0f 01 1e 00 00"  # lidt [0]: limit and base are 0
+    "cc"  # int3, which has no gate
+)
+FOR_EVER = bytes.fromhex("ba f8 03 b0 41 ee eb fe")
+
+
+def firmware(folder: Path, code: bytes) -> str:
+    """An image whose reset vector jumps to *code* in it."""
+    image = bytearray(65536)
+    image[: len(code)] = code
+    image[0xFFF0:0xFFF5] = bytes.fromhex("ea 00 00 00 f0")  # jmp f000:0000
+    path = folder / "code.bin"
+    path.write_bytes(image)
+    return str(path)
+
+
+ENTER_PROTECTED_AND_FAULT = bytes.fromhex(
+    "ba f8 03  b0 41  ee"  # mov dx, 0x3f8; mov al, 'A'; out dx, al
+    "2e 66 0f 01 1e 40 00"  # lidtl cs:[0x40]: limit 0
+    "0f 20 c0  0c 01  0f 22 c0"  # cr0.PE
+    "0f 0b"  # ud2: no gate, no gate for that, triple fault
+).ljust(0x40, b"\x90") + bytes(6)
+
+
+def test_a_triple_fault_resets_the_machine(workshop: Workshop) -> None:
+    letters = Letters()
+    machine = workshop.machine(letters, bios=firmware(workshop.folder, ENTER_PROTECTED_AND_FAULT))
+    machine.start()
+    letters.wait(3, b"A")
+    assert machine.running
+    machine.stop(RunState.PAUSED)
+    resets = [event for event in workshop.events if event[0] == "RESET"]
+    assert len(resets) >= 2 and set(resets) == {("RESET", True, "guest-reset")}
+
+
+def test_a_guest_that_may_not_reboot_is_shut_down_instead(workshop: Workshop) -> None:
+    ended = threading.Event()
+    letters = Letters()
+    machine = workshop.machine(letters, bios=firmware(workshop.folder, ENTER_PROTECTED_AND_FAULT))
+    machine.reboots = False
+    machine.on_shutdown = lambda guest, reason: ended.set()
+    machine.start()
+    assert ended.wait(30)
+    assert machine.runstate is RunState.SHUTDOWN
+    assert workshop.events == [("RESUME",), ("SHUTDOWN", True, "guest-reset"), ("STOP",)]
+    with pytest.raises(StateError):
+        machine.start()
+
+
+def test_a_reset_starts_a_running_guest_anew(workshop: Workshop) -> None:
+    machine, letters = running_guest(workshop, 2)
+    for resets in (1, 2):
+        machine.reset()
+        letters.wait(1, b"A") if letters.text.count(b"A") <= resets else None
+        wait_for_all(letters, 2)
+    assert letters.text.count(b"A") == 3
+    assert machine.running
+    assert workshop.events == [("RESUME",)]
+
+
+@pytest.mark.parametrize(
+    ("state", "after"),
+    [
+        (RunState.PAUSED, RunState.PRELAUNCH),
+        (RunState.POSTMIGRATE, RunState.PRELAUNCH),
+        (RunState.FINISH_MIGRATE, RunState.FINISH_MIGRATE),
+    ],
+)
+def test_a_reset_of_a_stopped_machine_brings_it_back_before_its_launch(
+    workshop: Workshop, state: RunState, after: RunState
+) -> None:
+    machine, letters = running_guest(workshop)
+    machine.stop(RunState.FINISH_MIGRATE)
+    machine.set_runstate(state)
+    machine.reset()
+    assert machine.runstate is after
+    machine.start()
+    letters.wait(1, b"A")
+    wait_for_all(letters, 1)
+
+
+def test_a_reset_brings_the_firmware_back_also_where_the_stream_brought_another(workshop: Workshop) -> None:
+    letters = Letters()
+    machine = workshop.machine(letters, incoming=True)
+    image = machine.ram_blocks[1].owner
+    assert image.read(0, 65536) == bytes(65536)  # type: ignore[attr-defined]
+    machine.reset()
+    assert machine.runstate is RunState.INMIGRATE
+    assert image.read(0, 8) == guest.MAGIC  # type: ignore[attr-defined]
+
+
+def test_state_that_kvm_cannot_run_stops_the_machine_with_one_line(workshop: Workshop) -> None:
+    # A jump into a hole: KVM's emulator finds no instruction there.
+    code = bytes.fromhex("66 ea 00 00 00 d0 08 00")  # jmpl, to nowhere that has memory
+    machine = workshop.machine(bios=firmware(workshop.folder, code))
+    stopped = threading.Event()
+    machine._emit = lambda name, data=None: stopped.set() if name == "STOP" else None
+    machine._processors[0].vcpu.set_regs(_nowhere(machine))
+    machine.start()
+    if not stopped.wait(5):
+        pytest.skip("this host's KVM runs what others refuse")
+    assert machine.runstate is RunState.INTERNAL_ERROR
+    assert len(workshop.warnings) == 1 and "vCPU 0: " in workshop.warnings[0]
+    with pytest.raises(MachineError, match="has failed"):
+        machine.save_device_state()
+
+
+def _nowhere(machine: MicroVM) -> Any:
+    vcpu = machine._processors[0].vcpu
+    sregs = vcpu.get_sregs()
+    sregs.cs.base = 0xD0000000
+    vcpu.set_sregs(sregs)
+    return vcpu.get_regs()
+
+
+def test_an_error_in_an_exit_stops_the_machine_and_is_told(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Letters):
+        def write(self, data: bytes) -> int:
+            raise RuntimeError("the back end fell over")
+
+    stopped = threading.Event()
+    machine = workshop.machine(Broken())
+    monkeypatch.setattr(machine, "_emit", lambda name, data=None: stopped.set() if name == "STOP" else None)
+    machine.start()
+    assert stopped.wait(30)
+    assert machine.runstate is RunState.INTERNAL_ERROR
+    assert workshop.warnings == ["vCPU 0: RuntimeError: the back end fell over"]
+    with pytest.raises(StateError, match="internal-error and cannot become running"):
+        machine.start()
+    machine.reset()
+    assert machine.runstate is RunState.PRELAUNCH
+
+
+# -- run states
+
+
+def test_a_machine_is_made_stopped(workshop: Workshop) -> None:
+    assert workshop.machine().runstate is RunState.PRELAUNCH
+    assert workshop.machine(incoming=True).runstate is RunState.INMIGRATE
+    assert workshop.events == []
+
+
+def test_stopping_a_stopped_machine_renames_its_state_in_silence(workshop: Workshop) -> None:
+    machine = workshop.machine()
+    machine.stop(RunState.FINISH_MIGRATE)
+    machine.set_runstate(RunState.POSTMIGRATE)
+    assert (machine.runstate, workshop.events) == (RunState.POSTMIGRATE, [])
+
+
+def test_only_a_stopped_machine_is_renamed_and_never_to_running(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop)
+    with pytest.raises(StateError, match="is running, only a stopped one"):
+        machine.set_runstate(RunState.PAUSED)
+    machine.stop(RunState.PAUSED)
+    with pytest.raises(StateError):
+        machine.set_runstate(RunState.RUNNING)
+    with pytest.raises(StateError, match="paused and cannot become inmigrate"):
+        machine.set_runstate(RunState.INMIGRATE)
+
+
+def test_a_stop_that_is_not_legal_does_not_stop(workshop: Workshop) -> None:
+    machine, letters = running_guest(workshop)
+    with pytest.raises(StateError, match="running and cannot become prelaunch"):
+        machine.stop(RunState.PRELAUNCH)
+    assert machine.running
+    wait_for_all(letters, 1)
+
+
+def test_every_state_but_the_dead_may_run_and_running_leads_to_every_stop() -> None:
+    may_run = {state for state, following in NEXT.items() if RunState.RUNNING in following}
+    assert may_run == set(RunState) - {
+        RunState.RUNNING,
+        RunState.PRECONFIG,
+        RunState.INTERNAL_ERROR,
+        RunState.SHUTDOWN,
+        RunState.GUEST_PANICKED,
+    }
+    assert {RunState.PAUSED, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.SHUTDOWN} <= NEXT[RunState.RUNNING]
+    assert all(RunState.INMIGRATE not in NEXT[state] for state in NEXT if state is not RunState.INMIGRATE)
+
+
+# -- memory, and the end
+
+
+def test_memory_is_fresh_until_somebody_may_have_written(workshop: Workshop) -> None:
+    incoming = workshop.machine(incoming=True)
+    assert all(block.fresh for block in incoming.ram_blocks)
+    machine = workshop.machine()
+    assert [block.fresh for block in machine.ram_blocks] == [True, False]
+    machine.start()
+    assert not any(block.fresh for block in machine.ram_blocks)
+    incoming.load_device_state(incoming.save_device_state())
+    assert not any(block.fresh for block in incoming.ram_blocks)
+
+
+def test_discarded_ram_is_empty_and_fresh(workshop: Workshop) -> None:
+    machine = workshop.machine(incoming=True)
+    machine.ram_blocks[0].owner.write(0x5000, b"half a guest")  # type: ignore[attr-defined]
+    machine.discard_ram()
+    assert machine.read_physical(0x5000, 12) == bytes(12)
+    assert all(block.fresh for block in machine.ram_blocks)
+
+
+def test_reading_physical_memory_sees_zeroes_where_there_is_none(workshop: Workshop) -> None:
+    machine = workshop.machine()
+    assert machine.read_physical(0xF0000, 8) == machine.read_physical(0xFFFF0000, 8) == guest.MAGIC
+    assert machine.read_physical(64 * MIB - 4, 8) == bytes(8)
+    assert machine.read_physical((1 << 64) - 4, 8) == bytes(8)
+
+
+def test_a_backend_gives_the_ram_and_its_name(workshop: Workshop) -> None:
+    backend = HostMemory.memfd(32 * MIB)
+    machine = workshop.machine(ram_backend=backend, ram_size=32 * MIB, ram_idstr="mem0")
+    block = machine.ram_blocks[0]
+    assert (block.idstr, block.shared, block.owner) == ("mem0", True, backend)
+
+
+def test_odd_ram_sizes_are_rounded_up_to_pages(workshop: Workshop) -> None:
+    machine = workshop.machine(ram_size=32 * MIB + 1)
+    assert machine.ram_blocks[0].used_length == 32 * MIB + PAGE
+
+
+def test_vcpu_threads_have_their_names_and_numbers(workshop: Workshop) -> None:
+    machine = workshop.machine(cpus=2, max_cpus=2)
+    names = [Path(f"/proc/self/task/{number}/comm").read_text().strip() for number in machine.vcpu_thread_ids()]
+    assert names == ["CPU 0/KVM", "CPU 1/KVM"]
+
+
+def test_features_that_are_not_to_be_had_are_warned_of(workshop: Workshop) -> None:
+    workshop.machine(cpu_features={"pni": False, "xop": True, "waitpkg": True})
+    assert [warning for warning in workshop.warnings if "waitpkg" in warning] == [
+        "warning: host doesn't support requested feature: CPUID.07H:ECX.waitpkg [bit 5]"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"bios": "/does/not/exist"}, FirmwareError),
+        ({"cpu_model": "foo"}, CpuModelError),
+        ({"cpu_features": {"foo": True}}, CpuModelError),
+        ({"ram_size": 1 << 60}, OSError),
+    ],
+)
+def test_a_machine_that_cannot_be_made_leaves_nothing(workshop: Workshop, config: dict, error: type) -> None:
+    before = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
+    with pytest.raises(error):
+        workshop.machine(**config)
+    assert (sorted(os.listdir("/proc/self/fd")), threading.enumerate()) == before
+
+
+def test_closing_a_running_machine_ends_all_its_threads(workshop: Workshop) -> None:
+    before = threading.active_count()
+    machine, _ = running_guest(workshop, 2)
+    assert threading.active_count() == before + 3
+    machine.close()
+    machine.close()
+    assert threading.active_count() == before
+    assert machine.read_physical(0, 4) == bytes(4)
+
+
+Act = Callable[[], None]
