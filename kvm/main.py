@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from qemumig.errors import MigrationError
+from qemumig.threads import workers
 
 from .boot import FirmwareError
 from .chardev_options import CharDevices
@@ -66,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     return asyncio.run(Program(arguments, diagnostics, background).run())
 
 
+WORKERS = 4  # threads for what would hold up the loop: opening channels, joining a migration
+
+
 class Program:
     """One run of the hypervisor."""
 
@@ -85,6 +89,7 @@ class Program:
     async def run(self) -> int:
         """Build everything, serve until something ends it, take it down; the exit status."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(workers(WORKERS))
         async with self._closers:
             try:
                 await self._serve(self._set_up())

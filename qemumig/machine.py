@@ -25,7 +25,9 @@ class DirtyLog(Protocol):
     itself clears, and `clear` does nothing.
     """
 
-    manual_clear: bool
+    @property
+    def manual_clear(self) -> bool:
+        """Whether `clear` is what protects pages again."""
 
     def start(self) -> None:
         """Begin to log writes to all of RAM."""
@@ -59,10 +61,21 @@ class DeviceSection:
 class Machine(Protocol):
     """A virtual machine that can be migrated."""
 
-    machine_type: str  # the name in the configuration section, e.g. "microvm"
-    uuid: bytes | None  # 16 bytes, or None when the user set none
-    ram_blocks: Sequence[RAMBlock]
-    dirty_log: DirtyLog
+    @property
+    def machine_type(self) -> str:
+        """The name in the configuration section, e.g. "microvm"."""
+
+    @property
+    def uuid(self) -> bytes | None:
+        """16 bytes, or None when the user set none."""
+
+    @property
+    def ram_blocks(self) -> Sequence[RAMBlock]:
+        """All of guest memory, in no particular order."""
+
+    @property
+    def dirty_log(self) -> DirtyLog:
+        """The record of what the guest writes."""
 
     @property
     def runstate(self) -> RunState:

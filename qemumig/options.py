@@ -17,6 +17,7 @@ from typing import Any
 from .errors import OptionError
 
 UINT64 = (1 << 64) - 1
+C_LIMITS = {"uint8": (1 << 8) - 1, "uint32": (1 << 32) - 1}  # a larger number is the wrong type, not out of range
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ PARAMETERS = (
     Parameter("tls-authz", "StrOrNull", ""),
     Parameter("max-bandwidth", "size", 128 << 20, built=True),
     Parameter("avail-switchover-bandwidth", "size", 0, built=True),
-    Parameter(
-        "downtime-limit", "uint64", 300, 0, 2000000, "an integer in the range of 0 to (2000 * 1000) ms", built=True
-    ),
+    Parameter("downtime-limit", "uint64", 300, 0, 2000000, "an integer in the range of 0 to (2000 * 1000) ms", built=True),
     Parameter("x-checkpoint-delay", "uint32", 20000, 0, (1 << 32) - 1),
     Parameter("multifd-channels", "uint8", 2, 1, 255, "a value between 1 and 255"),
     Parameter("xbzrle-cache-size", "size", 64 << 20, 4096, UINT64, "a power of two no less than the target page size"),
@@ -195,7 +194,11 @@ class MigrationOptions:
             self._properties[name] = _parse(name, value, type(self._properties[name]))
         elif name in _PARAMETER or (name.startswith("x-") and plain in _PARAMETER):
             parameter = _PARAMETER.get(name) or _PARAMETER[plain]
-            self.set_parameters({parameter.name: _parse(parameter.name, value, type(parameter.default))})
+            parsed = _parse(parameter.name, value, type(parameter.default))
+            if parameter.kind in C_LIMITS and parsed > C_LIMITS[parameter.kind]:
+                text = f"can't apply global migration.{name}={value}: Parameter '{name}' expects {parameter.kind}_t"
+                raise OptionError(text, name=name, value=value)
+            self.set_parameters({parameter.name: parsed})
         elif plain in _CAPABILITY:
             self.set_capabilities([(plain, _parse(name, value, bool))])
         else:

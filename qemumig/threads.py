@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 PR_SET_NAME = 15
 
@@ -20,6 +21,11 @@ def take_name(name: str) -> None:
     if len(name.encode()) > 15:
         raise ValueError(f"thread name {name!r} has {len(name.encode())} bytes, at most 15")
     _libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
+
+
+def workers(count: int) -> ThreadPoolExecutor:
+    """At most *count* threads for work that may wait, named as QEMU names such threads; whoever calls this ends them."""
+    return ThreadPoolExecutor(count, thread_name_prefix="worker", initializer=take_name, initargs=("worker",))
 
 
 def start_thread(name: str, body: Callable[[], None]) -> threading.Thread:

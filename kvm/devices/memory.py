@@ -125,13 +125,13 @@ class GuestMemory:
             self._wrote(block, mapping.offset + at - mapping.guest_address, size)
 
     def discard(self) -> None:
-        """Let every private block read as zeroes again; shared memory may be somebody else's, too."""
+        """Let every private block be as it was when it was mapped; shared memory may be somebody else's, too."""
         for block, memory in ((self.ram_block, self._ram), (self.firmware_block, self._firmware)):
-            if memory.shared or memory.kind != "anonymous":
+            if memory.shared:
                 continue
             if _libc.madvise(memory.host_address, memory.size, mmap.MADV_DONTNEED) != 0:
                 raise KvmError(ctypes.get_errno(), f"madvise (RAM block {block.idstr!r})")
-            block.fresh = True
+            block.fresh = memory.fresh
 
     def close(self) -> None:
         """Unmap the host memory; the VM is closed already.  Twice is allowed; all addresses are unmapped then."""

@@ -16,12 +16,12 @@ import select
 import stat
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 from uuid import UUID
 
 from qemumig.commands.command import STR, UINT64, Argument, Command, CommandError, Emit
 from qemumig.qapi import RunState
+from qemumig.threads import workers
 
 from ..chardev import reason
 from .qmp import version
@@ -71,8 +71,8 @@ class MachineCommands:
         self._name = name
         self._uuid = UUID(bytes=uuid or bytes(16))
         self._closing = threading.Event()
-        self._control = ThreadPoolExecutor(1, thread_name_prefix="vm")
-        self._dumps = ThreadPoolExecutor(1, thread_name_prefix="vm-dump")
+        self._control = workers(1)
+        self._dumps = workers(1)
 
     def commands(self) -> list[Command]:
         """The commands, for a registry."""

@@ -11,30 +11,37 @@ import os
 import select
 import socket
 import stat
+import threading
 
 from ..errors import MigrationCancelled
 
 
 class QuitEvent:
-    """An eventfd that stays readable once it is set; every wait of a migration includes it."""
+    """An eventfd that stays readable once it is set; every wait of a migration includes it.
+
+    Its owner closes it when nobody waits any more; a `set` that comes later is without effect.
+    """
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
         self._set = False
 
     def set(self) -> None:
         """Wake everybody who waits, now and later."""
-        self._set = True
-        if self.fd >= 0:
-            os.eventfd_write(self.fd, 1)
+        with self._lock:
+            self._set = True
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
 
     def is_set(self) -> bool:
         return self._set
 
     def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 def wait_ready(fd: int, events: int, quit_fd: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 
 from ..errors import ChannelError
@@ -20,6 +21,8 @@ class ExecChannel(Channel):
     """Two pipes to a child process, which belongs to the channel."""
 
     def __init__(self, address: ExecAddress, quit_fd: int) -> None:
+        # a host program may have blocked signals to read them elsewhere; the command gets them as anybody does
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             self._child = subprocess.Popen(
                 address.args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -27,6 +30,8 @@ class ExecChannel(Channel):
         except OSError as error:
             text = f"Failed to execute child process “{address.args[0]}” ({os.strerror(error.errno or 0)})"
             raise ChannelError(text, channel=str(address), errno=error.errno) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._child.stdin and self._child.stdout
         read_fd, write_fd = self._child.stdout.fileno(), self._child.stdin.fileno()
         super().__init__("command", str(address), read_fd, write_fd, quit_fd, can_return=False)
@@ -53,8 +58,8 @@ class ExecChannel(Channel):
 
     def _end(self) -> None:
         """End the child's whole process group: a shell passes no signal on to what it started."""
-        os.killpg(self._child.pid, 15)
+        os.killpg(self._child.pid, signal.SIGTERM)
         try:
             self._child.wait(TERMINATE_GRACE_S)
         except subprocess.TimeoutExpired:
-            os.killpg(self._child.pid, 9)
+            os.killpg(self._child.pid, signal.SIGKILL)

@@ -14,19 +14,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from importlib import metadata
+
+from qemumig import __version__
 
 COMMANDS = {  # module of this package: what `--help` says
     "demo": "migrate a guest that never rests, watch it, and prove that nothing was lost",
 }
-
-
-def version() -> str:
-    """The installed version; a tree that runs without being installed says so."""
-    try:
-        return metadata.version("qemumig")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="QEMU's live migration, written anew: tools to see, measure and test it.",
         epilog="The hypervisor itself is qemumig-system; it takes QEMU's options.",
     )
-    parser.add_argument("--version", action="version", version=f"qemumig {version()}")
+    parser.add_argument("--version", action="version", version=f"qemumig {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"{__name__}.{name}")

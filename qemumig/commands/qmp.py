@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ..channels.address import Address, parse_channels, parse_uri
+from ..channels.address import Address, FdAddress, parse_channels, parse_uri
 from ..destination.incoming import IncomingMigration
 from ..errors import OptionError, StateError
 from ..machine import Machine
@@ -17,7 +17,6 @@ from ..options import CAPABILITIES, PARAMETERS, MigrationOptions, Parameter
 from ..qapi import MigrationStatus
 from ..source.migration import Migration
 from .command import (
-    ANY,
     BOOL,
     SIZE,
     STR,
@@ -107,9 +106,7 @@ class MigrationCommands:
         outgoing = (*where, Argument("detach", BOOL, optional=True), Argument("resume", BOOL, optional=True))
         return [
             Command("migrate", self.migrate, outgoing),
-            Command(
-                "migrate-incoming", self.migrate_incoming, (*where, Argument("exit-on-error", BOOL, optional=True))
-            ),
+            Command("migrate-incoming", self.migrate_incoming, (*where, Argument("exit-on-error", BOOL, optional=True))),
             Command("migrate_cancel", self.migrate_cancel),
             Command("query-migrate", self.query_migrate),
             Command(
@@ -130,7 +127,10 @@ class MigrationCommands:
 
     def incoming(self, uri: str) -> None:
         """What `-incoming URI` does."""
-        self._destination.listen(parse_uri(uri))
+        address = parse_uri(uri)
+        if isinstance(address, FdAddress) and not address.name.isdigit():
+            raise OptionError(f"Invalid file descriptor number '{address.name}'", name="uri", value=uri)
+        self._destination.listen(address)
 
     def set_autostart(self, autostart: bool) -> None:
         """What `stop` and `cont` do while the guest is on its way."""

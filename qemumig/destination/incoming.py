@@ -233,14 +233,12 @@ class IncomingMigration:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+        self._quit.close()
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._quit is not None:
-            self._quit.close()
-            self._quit = None
 
     def _announce(self, status: MigrationStatus) -> None:
         if self._options.capability("events"):

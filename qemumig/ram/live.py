@@ -1,8 +1,8 @@
 """The live section `ram` of the source: START, PART, END (ram.md §1, §3, §7).
 
-    START   the list of blocks, before any page
-    PART    pages, for 50 ms or as long as the rate limit allows
-    END     the guest is stopped: the last sync, then everything that is left
+START   the list of blocks, before any page
+PART    pages, for 50 ms or as long as the rate limit allows
+END     the guest is stopped: the last sync, then everything that is left
 """
 
 from __future__ import annotations

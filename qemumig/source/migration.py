@@ -31,9 +31,7 @@ class Migration:
     descriptor by the name it was given.
     """
 
-    def __init__(
-        self, machine: Machine, options: MigrationOptions, *, emit: Emit, take_fd: Callable[[str], int]
-    ) -> None:
+    def __init__(self, machine: Machine, options: MigrationOptions, *, emit: Emit, take_fd: Callable[[str], int]) -> None:
         self._machine = machine
         self._options = options
         self._emit = emit
@@ -70,9 +68,7 @@ class Migration:
             self._error = error
             self._states.advance(MigrationStatus.SETUP, MigrationStatus.FAILED)
             raise
-        self._attempt = Attempt(
-            self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass
-        )
+        self._attempt = Attempt(self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
         self._attempt.start()
 
     def cancel(self) -> None:

@@ -30,9 +30,7 @@ def test_an_unknown_capability_is_refused() -> None:
         MigrationOptions().set_capabilities([("warp", True)])
 
 
-RANGES = [
-    (p, value) for p in PARAMETERS if p.text and p.kind != "enum" for value in (p.low - 1, p.high + 1) if value >= 0
-]
+RANGES = [(p, value) for p in PARAMETERS if p.text and p.kind != "enum" for value in (p.low - 1, p.high + 1) if value >= 0]
 
 
 @pytest.mark.parametrize(("parameter", "value"), RANGES, ids=[f"{p.name}={value}" for p, value in RANGES])

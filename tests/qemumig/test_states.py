@@ -44,9 +44,7 @@ def test_of_two_that_leave_one_state_exactly_one_wins() -> None:
         won: list[S] = []
         barrier = threading.Barrier(2)
 
-        def leave(
-            new: S, machine: StatusMachine = machine, won: list = won, barrier: threading.Barrier = barrier
-        ) -> None:
+        def leave(new: S, machine: StatusMachine = machine, won: list = won, barrier: threading.Barrier = barrier) -> None:
             barrier.wait()
             if machine.advance(S.DEVICE, new):
                 won.append(new)

@@ -93,11 +93,15 @@ class Letters:
 
     def wait(self, count: int, letter: bytes = b"B", timeout: float = 60.0) -> bytes:
         """All letters, as soon as *letter* is among them *count* times more than now, or an error is."""
+        wanted = self.text.count(letter) + count
+        arrived = self.wait_for(lambda text: text.count(letter) >= wanted, timeout)
+        assert arrived, f"no {count} more {letter!r} within {timeout} s; all that came is {self.text[-80:]!r}"
+        return self.text
+
+    def wait_for(self, holds: Callable[[bytes], bool], timeout: float = 60.0) -> bool:
+        """Wait until *holds* of all letters, or an error is among them; False when *timeout* seconds passed."""
         with self._more:
-            wanted = self.text.count(letter) + count
-            arrived = self._more.wait_for(lambda: self.text.count(letter) >= wanted or self.errors, timeout)
-            assert arrived, f"no {count} more {letter!r} within {timeout} s; all that came is {self.text[-80:]!r}"
-            return self.text
+            return self._more.wait_for(lambda: holds(self.text) or bool(self.errors), timeout)
 
     @property
     def errors(self) -> bytes:

@@ -118,7 +118,7 @@ class Bench:
     def _measured(self, source: Vmm, destination: Vmm) -> tuple[MigrationOutcome, dict[str, float]]:
         """Migrate; the monitors are left alone meanwhile: an event tells the end."""
         uri = listen(destination)
-        warm_memory(self.memory)
+        warm_memory(2 * self.memory)
         before = {vmm.name: cpu_seconds(vmm) for vmm in (source, destination)}
         forget_peak(source)
         forget_peak(destination)

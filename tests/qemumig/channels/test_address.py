@@ -83,9 +83,7 @@ def test_channel_lists_give_the_same_records() -> None:
     assert parse_channels(channel(inet), incoming=False) == InetAddress("::1", "7", ipv6=True)
     unix = {"transport": "socket", "type": "unix", "path": "/s"}
     assert parse_channels(channel(unix), incoming=True) == UnixAddress("/s")
-    assert parse_channels(channel({"transport": "exec", "args": ["/bin/cat"]}), incoming=True) == ExecAddress(
-        ("/bin/cat",)
-    )
+    assert parse_channels(channel({"transport": "exec", "args": ["/bin/cat"]}), incoming=True) == ExecAddress(("/bin/cat",))
     file = {"transport": "file", "filename": "/f", "offset": 5}
     assert parse_channels(channel(file), incoming=False) == FileAddress("/f", 5)
 

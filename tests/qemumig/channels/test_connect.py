@@ -188,9 +188,7 @@ def test_the_quit_event_ends_waiting(wait: str, tmp_path: Path, quit_event: Quit
 
 def test_a_command_that_goes_on_is_ended_with_the_quit_event(quit_event: QuitEvent) -> None:
     channel = connect(parse_uri("exec:sleep 1000 & wait"), quit_event)
-    children = subprocess.run(
-        ["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True
-    ).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True).stdout.split()
     quit_event.set()
     start = time.monotonic()
     channel.close()

@@ -61,10 +61,10 @@ def test_plain_output_tells_rounds_figures_and_proof(qemu: str, capsys: pytest.C
     assert text.count("✓") == 3
 
 
-@pytest.mark.usefixtures("no_leaks")
-def test_interrupted_demo_leaves_nothing_behind(qemu: str, directory: Path) -> None:
+def interrupt_during_migration(system: str, directory: Path) -> None:
+    """Start a demo of its own, send it SIGINT when its first migration begins, and look for what it left."""
     demo = subprocess.Popen(
-        [*COMMAND, *SMALL, "--system", qemu],
+        [*COMMAND, *SMALL, "--system", system],
         env={**os.environ, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,13 +75,24 @@ def test_interrupted_demo_leaves_nothing_behind(qemu: str, directory: Path) -> N
         if "source → destination" in line:
             break
     vmms = children(demo.pid)
-    assert len(vmms) == 2
     demo.send_signal(signal.SIGINT)
     _, errors = demo.communicate(timeout=30)
+    assert len(vmms) == 2
     assert demo.returncode == 128 + signal.SIGINT
     assert errors == "qemumig demo: interrupted by SIGINT\n"
     assert list(directory.iterdir()) == []
     assert [pid for pid in vmms if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_interrupted_demo_of_real_qemus_leaves_nothing_behind(qemu: str, directory: Path) -> None:
+    interrupt_during_migration(qemu, directory)
+
+
+@pytest.mark.needs("kvm")
+@pytest.mark.usefixtures("no_leaks")
+def test_interrupted_demo_of_our_own_leaves_nothing_behind(directory: Path) -> None:
+    interrupt_during_migration(qemumig_system(), directory)
 
 
 @pytest.mark.usefixtures("no_leaks")

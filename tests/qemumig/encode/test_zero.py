@@ -33,7 +33,7 @@ def test_nothing_is_read_past_the_end_of_a_mapping(implementation: str) -> None:
 
 def test_the_widest_twin_is_in_use() -> None:
     assert IMPLEMENTATIONS[0] == "plain"
-    assert IMPLEMENTATION == IMPLEMENTATIONS[-1]
+    assert IMPLEMENTATIONS[-1] == IMPLEMENTATION
 
 
 @pytest.mark.parametrize("length", [0, 1, 255, 4095])
