@@ -205,9 +205,9 @@ class Attempt:
             allowance = self.pacer.allowance(self.out.offset)
             if allowance:
                 threshold = self.pacer.threshold(self.out.offset)
-                if self.ram.remaining <= threshold:
+                bandwidth = self.pacer.current_bandwidth(self.out.offset)
+                if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
-                    bandwidth = self.pacer.current_bandwidth(self.out.offset)
                     if rule.is_time(self.ram.remaining, threshold, bandwidth):
                         return
                 self._begin(SectionType.QEMU_VM_SECTION_PART)

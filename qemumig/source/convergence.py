@@ -82,14 +82,21 @@ class Pacer:
 
 
 class SwitchoverRule:
-    """Decides after each bitmap sync whether to stop the guest now."""
+    """Decides when to look at the hypervisor's log, and then whether to stop the guest; bandwidth in bytes per second.
+
+    A round is sent to its end first, or until hardly anything of it is left: the guest runs meanwhile.
+    """
 
     def __init__(self) -> None:
         self._previous: float | None = None
         self._extra_rounds = 0
 
+    def may_sync(self, pending: int, threshold: float, bandwidth: float) -> bool:
+        """True when the round at hand, of which *pending* bytes are left, is over or as good as over."""
+        return pending == 0 or pending <= min(threshold, bandwidth * NOT_WORTH_A_ROUND_S)
+
     def is_time(self, pending: int, threshold: float, bandwidth: float) -> bool:
-        """*pending* bytes are dirty now; *bandwidth* in bytes per second."""
+        """After a sync: *pending* bytes are dirty now."""
         previous, self._previous = self._previous, pending
         if pending == 0:
             return True

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from .process import warm_memory
+
 PAGE = 4096
 BATCH = 256  # pages per call
 HEADER = struct.Struct(f">{BATCH}Q")
@@ -64,6 +66,7 @@ def _send(address: tuple[str, int], size: int, report: Connection) -> None:
     pages, headers = memoryview(memory), bytearray(HEADER.size)
     vector: list[memoryview] = [memoryview(headers)[i // 2 * 8 : i // 2 * 8 + 8] for i in range(2 * BATCH)]
     with socket.create_connection(address) as connection:
+        connection.recv(1)  # the receiver is ready
         cpu, began = _cpu(), time.monotonic()
         for base in range(0, size, BATCH * PAGE):
             offsets = range(base, base + BATCH * PAGE, PAGE)
@@ -77,12 +80,14 @@ def _send(address: tuple[str, int], size: int, report: Connection) -> None:
 
 
 def _receive(listener: socket.socket, size: int, report: Connection) -> None:
+    connection, _ = listener.accept()  # the sender has filled its memory
+    warm_memory(2 * size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     pages, headers = memoryview(memory), bytearray(HEADER.size)
     vector: list[memoryview] = [memoryview(headers)[i // 2 * 8 : i // 2 * 8 + 8] for i in range(2 * BATCH)]
-    connection, _ = listener.accept()
     with connection:
+        connection.send(b"\0")
         cpu = _cpu()
         for base in range(0, size, BATCH * PAGE):
             vector[1::2] = [pages[offset : offset + PAGE] for offset in range(base, base + BATCH * PAGE, PAGE)]

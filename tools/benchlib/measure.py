@@ -80,7 +80,6 @@ class Bench:
         with ExitStack() as owned:
             if workload.running:
                 self._start(owned, load, workload)
-            warm_memory(2 * self.memory)
             run = baresocket.measure(self.memory)
         return Run(
             rate=self.memory / run.seconds / 1e6, total_ms=run.seconds * 1000, cpu_source=run.cpu / self.memory * GIB
