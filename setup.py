@@ -33,13 +33,20 @@ def extension(path: Path) -> Extension:
     )
 
 
+# What is made on the way goes into .venv/, which ignores itself: the top of the tree stays clean.
+BUILD = Path(os.environ.get("QEMUMIG_BUILD", ".venv/build"))
+BUILD.mkdir(parents=True, exist_ok=True)
+if BUILD.parts[0] == ".venv":
+    Path(".venv/.gitignore").write_text("*\n")
+
 sources = sorted(Path("qemumig").rglob("*.pyx"))
 setup(
     ext_modules=cythonize(
         [extension(path) for path in sources],
         compiler_directives=DIRECTIVES,
-        build_dir=os.environ.get("QEMUMIG_BUILD", ".venv/build"),
+        build_dir=str(BUILD),
         nthreads=os.cpu_count() or 1,
         force=DEBUG,
-    )
+    ),
+    options={"build": {"build_base": str(BUILD)}, "egg_info": {"egg_base": str(BUILD)}},
 )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from .qapi import RunState
 from .ram.block import RAMBlock
+from .savevm.devices.globalstate import GLOBALSTATE
 from .savevm.vmstate import VMState
 
 
@@ -56,6 +57,10 @@ class DeviceSection:
     idstr: str
     instance_id: int
     vmstate: VMState
+
+
+GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
+"""The one section that no machine has: the run state, which migration itself sends and takes."""
 
 
 class Machine(Protocol):

@@ -60,13 +60,10 @@ make_venv() {
         echo "setting up .venv with $BASE_PYTHON" >&2
         "$BASE_PYTHON" -m venv .venv
     fi
-    # setuptools puts its by-products where this file says, not into the top of the tree
-    printf '[build]\nbuild_base = .venv/build\n[egg_info]\negg_base = .venv/build\n' >.venv/setup.cfg
-    mkdir -p .venv/build
     echo "building the extensions" >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check 'setuptools>=68' 'cython>=3.1' wheel ||
         missing "pip cannot install the build tools (see above); it needs a package index to ask"
-    DIST_EXTRA_CONFIG=$ROOT/.venv/setup.cfg "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
         --no-build-isolation --editable ".[$EXTRAS]" ||
         missing "the package does not build or one of its dependencies cannot be installed (see above)"
 }

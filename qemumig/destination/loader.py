@@ -15,20 +15,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import StreamError
-from ..machine import DeviceSection, Machine
+from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
 from ..qapi import RunState
 from ..ram import live
 from ..ram.load import RamLoader
 from ..savevm import commands, sections
-from ..savevm.devices.globalstate import GLOBALSTATE
 from ..savevm.sections import SectionEntry, SectionTable
 from ..wire.format import SectionType
 from ..wire.stream import InputStream
 
 WITH_IDENTITY = (SectionType.QEMU_VM_SECTION_START, SectionType.QEMU_VM_SECTION_FULL)
 SECTIONS = (*WITH_IDENTITY, SectionType.QEMU_VM_SECTION_PART, SectionType.QEMU_VM_SECTION_END)
-GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
 
 
 class StreamLoader:

@@ -32,7 +32,7 @@ cdef enum SaveStatus:
     SAVE_FAILED = 3               # the stream has an error
 
 cdef enum:
-    FLUSH_BYTES = 1024 * 1024     # of pages gathered by one writev: some 512 entries
+    FLUSH_BYTES = 0x100000        # 1 MiB of pages gathered by one writev: some 512 entries
 
 
 cdef class PageSender:

@@ -25,14 +25,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ..channels.channel import Channel, QuitEvent
-from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError
-from ..machine import DeviceSection, Machine
+from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError
+from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..ram import live
 from ..ram.live import RamSource
 from ..savevm import commands, sections, vmdesc
-from ..savevm.devices.globalstate import GLOBALSTATE, GlobalState
+from ..savevm.devices.globalstate import GlobalState
 from ..savevm.sections import SectionHeader
 from ..states import StatusMachine
 from ..threads import start_thread
@@ -41,9 +41,9 @@ from ..wire.stream import OutputStream
 from .convergence import DirtyRate, Pacer, SwitchoverRule
 from .return_path import ReturnPath, Verdict
 
-GLOBALSTATE_SECTION = DeviceSection("globalstate", 0, GLOBALSTATE)
 PING_OPENED = 1  # the first one, as QEMU numbers it
 PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
+RAM_SECTION_ID = 1  # the devices' follow
 LAST_WORD_S = 0.2  # for what the destination said before it closed the connection
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
 
@@ -179,8 +179,8 @@ class Attempt:
         assert self.out is not None
         machine, options = self.machine, self.options
         chunk_shift = options.migration_property("x-clear-bitmap-shift")
-        machine.dirty_log.start()
         self._logging = True
+        machine.dirty_log.start()
         self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, chunk_shift)
         self._sync()
         self.out.write(sections.encode_file_header())
@@ -249,7 +249,7 @@ class Attempt:
         if self.options.migration_property("store-global-state"):
             saved.append((GLOBALSTATE_SECTION, GlobalState.of(self._noted_runstate)))
         devices = []
-        for section_id, (section, record) in enumerate(saved, start=self.RAM_SECTION_ID + 1):
+        for section_id, (section, record) in enumerate(saved, start=RAM_SECTION_ID + 1):
             if section.vmstate.is_needed(record):
                 devices.append(self._save_device(section_id, section, record))
         text = vmdesc.encode(devices, configuration=self._configuration_description)
@@ -279,11 +279,12 @@ class Attempt:
             if self._cancelled:
                 raise MigrationCancelled("the migration was cancelled")
             self._committed = True
-        self.out.write(last)
+        accepted = self.out.accepted_bytes()
         try:
+            self.out.write(last)
             self.out.flush()
         except ChannelError:
-            if self._channel.stored or self.out.pending_bytes() == len(last):
+            if self._channel.stored or self.out.accepted_bytes() == accepted:
                 with self._lock:
                     self._committed = False  # nobody can have begun to act on it
             raise
@@ -296,7 +297,6 @@ class Attempt:
                 raise self._return_path.error or ChannelError(UNKNOWN_OUTCOME)
         self.downtime_s = time.monotonic() - self._stop_s
         self.total_s = time.monotonic() - self.start_s
-        self._end_logging()
         self.machine.set_runstate(RunState.POSTMIGRATE)
         self._states.advance_from_any(MigrationStatus.COMPLETED)
 
@@ -315,7 +315,6 @@ class Attempt:
         """After an error, or a cancel when there is none: the guest runs here again, if it can be only here."""
         verdict = self._return_path.verdict if self._return_path is not None else None
         self.total_s = time.monotonic() - self.start_s
-        self._end_logging()
         if self._committed and verdict is not Verdict.REFUSED:
             reason = f" ({error})" if error is not None and str(error) != UNKNOWN_OUTCOME else ""
             self.error = ChannelError(UNKNOWN_OUTCOME + reason)
@@ -346,12 +345,17 @@ class Attempt:
             self.machine.set_runstate(self._noted_runstate)
 
     def _end_logging(self) -> None:
-        if self._logging:
-            self._logging = False
+        if not self._logging:
+            return
+        self._logging = False
+        try:
             self.machine.dirty_log.stop()
+        except MachineError as error:  # the guest runs on all the same, only slower
+            self.error = self.error or error
 
     def _clean_up(self) -> None:
         """Give everything back; nobody of ours is left on the channel when it is closed."""
+        self._end_logging()
         if self._states.status is not MigrationStatus.COMPLETED:
             self._quit.set()
         if self._channel is not None:
@@ -368,16 +372,14 @@ class Attempt:
 
     # ---- pieces of the stream ----
 
-    RAM_SECTION_ID = 1
-
     def _begin(self, kind: SectionType) -> None:
         assert self.out is not None
-        header = SectionHeader(kind, self.RAM_SECTION_ID, live.IDSTR, live.INSTANCE_ID, live.VERSION_ID)
+        header = SectionHeader(kind, RAM_SECTION_ID, live.IDSTR, live.INSTANCE_ID, live.VERSION_ID)
         self.out.write(sections.encode_section_header(header))
 
     def _end_section(self) -> None:
         assert self.out is not None
-        self._footer(self.RAM_SECTION_ID)
+        self._footer(RAM_SECTION_ID)
         self.out.flush()
 
     def _footer(self, section_id: int) -> None:

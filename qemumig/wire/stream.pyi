@@ -14,6 +14,8 @@ class OutputStream:
         """Put *data* behind what is pending; it leaves with the next flush, or when the buffer is full."""
     def flush(self) -> None:
         """Hand everything that is pending to the kernel."""
+    def accepted_bytes(self) -> int:
+        """Bytes that the kernel has taken."""
     def pending_bytes(self) -> int:
         """Bytes that were put and that the kernel has not taken, as after a flush that failed."""
     def write_u8(self, value: int) -> None: ...

@@ -39,9 +39,9 @@ cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
 
 cdef enum:
-    OUTPUT_CAPACITY = 64 * 1024
-    INPUT_CAPACITY = 640 * 1024       # holds a whole guess of ram/load that went wrong
-    READ_AHEAD = 256 * 1024           # asked for at once when the buffer is empty: stays in the second-level cache
+    OUTPUT_CAPACITY = 0x10000         # 64 KiB
+    INPUT_CAPACITY = 0xA0000          # 640 KiB: holds a whole guess of ram/load that went wrong
+    READ_AHEAD = 0x40000              # 256 KiB: asked for at once when the buffer is empty: stays in the second-level cache
 
 
 cdef int wait_for(int fd, short events, int quit_fd) noexcept nogil:
@@ -174,6 +174,10 @@ cdef class OutputStream:
         with nogil:
             status = self.flush_pending()
         self.raise_on(status)
+
+    def accepted_bytes(self) -> int:
+        """Bytes that the kernel has taken."""
+        return self.offset - self.pending
 
     def pending_bytes(self) -> int:
         """Bytes that were put and that the kernel has not taken."""
