@@ -1,5 +1,9 @@
-"""Bitmaps for compiled rooms: bit k of word w stands for page 64 w + k."""
+"""Bitmaps for compiled rooms: bit k of word w stands for page 64 w + k.
 
+Shifts drop bits here, and mean to: the debug build does not take that for an overflow.
+"""
+
+cimport cython
 from libc.stdint cimport uint64_t
 
 cdef extern from *:
@@ -11,10 +15,12 @@ cdef inline bint test_bit(const uint64_t *words, uint64_t bit) noexcept nogil:
     return (words[bit >> 6] >> (bit & 63)) & 1
 
 
+@cython.overflowcheck(False)
 cdef inline void set_bit(uint64_t *words, uint64_t bit) noexcept nogil:
     words[bit >> 6] |= (<uint64_t> 1) << (bit & 63)
 
 
+@cython.overflowcheck(False)
 cdef inline void clear_bit(uint64_t *words, uint64_t bit) noexcept nogil:
     words[bit >> 6] &= ~((<uint64_t> 1) << (bit & 63))
 
@@ -23,6 +29,7 @@ cdef inline uint64_t word_count(uint64_t bits) noexcept nogil:
     return (bits + 63) >> 6
 
 
+@cython.overflowcheck(False)
 cdef inline uint64_t find_next_set(const uint64_t *words, uint64_t bit, uint64_t limit) noexcept nogil:
     """The first set bit at or after *bit*, or *limit* when there is none before it."""
     cdef uint64_t index, word, found

@@ -6,6 +6,7 @@ Holds  (1) bits past the last page are clear in every Bitmap, so that counting n
        (2) merge_bits only ever sets bits, and returns how many of them were clear before
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
@@ -15,6 +16,7 @@ from libc.string cimport memset
 cdef char *WORD_FORMAT = "Q"
 
 
+@cython.overflowcheck(False)
 cdef uint64_t count_set(const uint64_t *words, uint64_t bits) noexcept nogil:
     cdef uint64_t index, total = 0
     for index in range(bits >> 6):
@@ -32,6 +34,7 @@ cdef inline uint64_t or_word(uint64_t *word, uint64_t value) noexcept nogil:
     return popcount(added)
 
 
+@cython.overflowcheck(False)
 cdef uint64_t merge_bits(
     uint64_t *target, uint64_t first, const uint64_t *source, uint64_t bits
 ) noexcept nogil:
@@ -136,7 +139,7 @@ def merge(
     if bits > <uint64_t> source.shape[0] * 64:
         raise ValueError(f"{bits} bits asked for, the source has {source.shape[0] * 64}")
     if first > capacity or bits > capacity - first:
-        raise ValueError(f"bits {first} to {first + bits} do not fit a target of {capacity}")
+        raise ValueError(f"{bits} bits from {first} on do not fit a target of {capacity}")
     if bits:
         with nogil:
             added = merge_bits(&target[0], first, &source[0], bits)

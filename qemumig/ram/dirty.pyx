@@ -71,7 +71,7 @@ cdef class DirtyPages:
 
     def sync(self):
         """Fetch the machine's log into the bitmaps; returns the pages that are newly dirty."""
-        cdef uint64_t before = self.remaining, total = 0
+        cdef uint64_t before = self.remaining, total = 0, added
         cdef Bitmap bitmap, chunks
         for block, bitmap, chunks in zip(self.blocks, self.bitmaps, self.chunks):
             self.log.fetch(block, memoryview(bitmap))
@@ -79,9 +79,10 @@ cdef class DirtyPages:
             total += count_set(bitmap.words, bitmap.bits)
         self.remaining = total
         self.synced_pages = total
-        self.new_pages += total - before
+        added = total - before if total > before else 0
+        self.new_pages += added
         self.sync_count += 1
-        return total - before
+        return added
 
     def visit_chunk(self, int block_index, uint64_t page):
         """Prepare the chunk around *page*: what the machine logged there is in the bitmap already.

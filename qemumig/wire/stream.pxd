@@ -1,5 +1,6 @@
 """Byte streams for compiled rooms: the engines work on these objects without the GIL."""
 
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -17,18 +18,22 @@ cdef enum:
     IOV_LIMIT = 1024              # entries of one writev or readv (IOV_MAX)
 
 
+@cython.overflowcheck(False)
 cdef inline uint16_t get_be16(const uint8_t *p) noexcept nogil:
     return (<uint16_t> p[0] << 8) | p[1]
 
 
+@cython.overflowcheck(False)
 cdef inline uint32_t get_be32(const uint8_t *p) noexcept nogil:
     return (<uint32_t> p[0] << 24) | (<uint32_t> p[1] << 16) | (<uint32_t> p[2] << 8) | p[3]
 
 
+@cython.overflowcheck(False)
 cdef inline uint64_t get_be64(const uint8_t *p) noexcept nogil:
     return (<uint64_t> get_be32(p) << 32) | get_be32(p + 4)
 
 
+@cython.overflowcheck(False)
 cdef inline void put_be64(uint8_t *p, uint64_t value) noexcept nogil:
     cdef int i
     for i in range(8):
