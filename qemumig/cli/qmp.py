@@ -52,6 +52,11 @@ class QmpClient:
                 return message["return"]
             self.events.append(message)
 
+    def give_fd(self, name: str, fd: int) -> None:
+        """Let the other end have a duplicate of descriptor *fd*, known to it as *name* from now on."""
+        socket.send_fds(self._socket, [b" "], [fd])  # descriptors travel with the bytes around the request
+        self.command("getfd", fdname=name)
+
     def wait_event(self, name: str, timeout: float, **data: Any) -> dict[str, Any]:
         """The first event *name*, come or to come, whose data has all of *data*; it is taken out of the list."""
         deadline = time.monotonic() + timeout

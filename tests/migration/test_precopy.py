@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_through_a_file(stage: Stage, transport: str) -> None:
     wait_until(lambda: source.command("query-migrate")["status"] == "completed", "the source to complete")
     wait_until(lambda: not children(source.process.pid), "the command to end")
     destination.command("migrate-incoming", uri=f"exec:cat {file}" if transport == "exec" else f"file:{file},offset=4K")
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+def test_over_descriptors_that_somebody_else_opened(stage: Stage) -> None:
+    source, destination = pair(stage, BUSY)
+    left, right = socket.socketpair()
+    with left, right:
+        source.qmp.give_fd("link", left.fileno())
+        destination.qmp.give_fd("link", right.fileno())
+    migrate(source, destination, "fd:link")
     destination.wait_runstate("running")
     stage.assert_guest_is_well(destination)
 
