@@ -27,7 +27,7 @@ cdef extern from *:
 
     static inline int spread_is_zero(const unsigned char *page, size_t length)
     {
-        return (word_at(page, 0) | word_at(page, length - 8) | word_at(page, length / 2)) == 0;
+        return word_at(page, 0) == 0 && (word_at(page, length - 8) | word_at(page, length / 2)) == 0;
     }
 
     static int zero_plain(const unsigned char *page, size_t length)
