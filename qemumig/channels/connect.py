@@ -138,7 +138,9 @@ def _resolve(address: InetAddress, *, passive: bool) -> list[tuple[Any, ...]]:
         family = socket.AF_UNSPEC if ipv4 and ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
     flags = socket.AI_PASSIVE if passive else 0
     try:
-        return socket.getaddrinfo(address.host or None, address.port, family, socket.SOCK_STREAM, 0, flags)
+        # as text an ordinary name, too, would go through the tables of international ones: milliseconds, the first time
+        host = address.host.encode("ascii" if address.host.isascii() else "idna")
+        return socket.getaddrinfo(host or None, address.port, family, socket.SOCK_STREAM, 0, flags)
     except (socket.gaierror, UnicodeError, OverflowError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
         raise ChannelError(f"address resolution failed for {address}: {reason}", channel=str(address)) from error
