@@ -109,6 +109,7 @@ cdef class RamLoader:
             self.table[index].pages = bitmap.bits
             self.table[index].received = bitmap.words
             self.table[index].fresh = block.fresh
+            block.fresh = False  # once a load has begun, only a discard makes it so again
             self.table[index].name = name
             self.table[index].name_length = len(name)
 

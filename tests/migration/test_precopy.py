@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM, FILL_RANDOM, failures_in
+from qemumig.savevm import sections
+from qemumig.wire.format import SectionType
 from tests.support.host import qemumig_system
 from tests.support.plain_stream import read_stream
 from tests.support.vmm import (
@@ -239,7 +241,35 @@ def test_a_destination_with_another_memory_size_says_so(stage: Stage) -> None:
     stage.assert_guest_is_well(source, arrived=False)
 
 
-def test_a_destination_that_failed_takes_another_guest(stage: Stage) -> None:
+@pytest.mark.parametrize("backend", ["anonymous", "memfd"])
+def test_a_destination_that_failed_takes_another_guest(stage: Stage, backend: str) -> None:
+    """Nothing of the first, which broke off in the middle of its memory, shines through."""
+    memfd = ("-object", f"memory-backend-memfd,id=m,size={128 * MIB},share=on", "-M", "memory-backend=m")
+    extra = memfd if backend == "memfd" else ()
+    source = stage.vmm("source", qemumig_system(), guest=MODEST, extra=extra)
+    destination = stage.vmm("destination", qemumig_system(), incoming=True, stopped=True, extra=extra)
+    broken = stage.directory / "broken"
+    broken.write_bytes(half_a_stream("m" if backend == "memfd" else "microvm.ram"))
+    destination.command("migrate-incoming", uri=f"file:{broken}", exit_on_error=False)
+    wait_until(lambda: destination.command("query-migrate")["status"] == "failed", "the failure")
+    migrate(source, destination)
+    destination.wait_runstate("paused")
+    assert destination.memory_digest() == source.memory_digest()
+    destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
+def half_a_stream(idstr: str) -> bytes:
+    """The beginning of a stream: every page of the first 64 MiB full of ones, then nothing."""
+    name = bytes([len(idstr)]) + idstr.encode()
+    header, _ = sections.encode_configuration(sections.Configuration.of("microvm"))
+    ram = sections.SectionHeader(SectionType.QEMU_VM_SECTION_START, 1, "ram", 0, 4)
+    first = (0x8).to_bytes(8, "big") + name + b"\xff" * 4096
+    rest = b"".join((page * 4096 | 0x28).to_bytes(8, "big") + b"\xff" * 4096 for page in range(1, 16384))
+    return sections.encode_file_header() + header + sections.encode_section_header(ram) + first + rest
+
+
+def test_a_destination_that_was_fed_noise_takes_a_guest(stage: Stage) -> None:
     source, destination = pair(stage, MODEST)
     noise = stage.directory / "noise"
     noise.write_bytes(Path("/proc/self/exe").read_bytes()[:100000])
