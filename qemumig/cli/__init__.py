@@ -1,5 +1,6 @@
 """`qemumig`: the front door for people.
 
+    qemumig analyze     a recorded stream taken apart, compared, checked
     qemumig demo        a running guest moves from VMM to VMM and back, watched and checked
 
 One module per command: `add_arguments(parser)` says what it takes, `run(args)` does it and returns the exit status.
@@ -14,10 +15,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 
 from qemumig import __version__
 
 COMMANDS = {  # module of this package: what `--help` says
+    "analyze": "what is in a recorded migration stream: sections, fields, memory",
     "demo": "migrate a guest that never rests, watch it, and prove that nothing was lost",
 }
 
@@ -46,6 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `qemumig` command; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    status: int = args.run(args)
+    try:
+        args = build_parser().parse_args(argv)
+        status: int = args.run(args)
+    except KeyboardInterrupt:  # before or after the command could answer for itself
+        print("qemumig: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
