@@ -6,8 +6,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .block import RawImage
     from .chardev import CharBackend
     from .memory import HostMemory
+
+
+VIRTIO_MMIO_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class DiskConfig:
+    """A virtio-blk disk; *slot* counts virtio-mmio slots from 0, error actions are as -device says them."""
+
+    name: str  # of the block node or drive
+    image: RawImage
+    slot: int
+    on_read_error: str = "report"
+    on_write_error: str = "enospc"
+    writeback: bool = True
+    serial: str = ""
 
 
 @dataclass
@@ -25,6 +42,8 @@ class MachineConfig:
     kernel_irqchip: str = "split"  # "on" or "split", as on the command line; both run in the kernel here
     isa_serial: bool = True
     serial: CharBackend | None = None  # back end of the serial port
+    disks: list[DiskConfig] = field(default_factory=list)
+    legacy_virtio: bool = True  # virtio-mmio slots are of version 1
     vapic: bool = True  # the kvm-tpr-opt section exists
     uuid: bytes | None = None  # 16 bytes
     name: str | None = None

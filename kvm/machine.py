@@ -39,6 +39,7 @@ from .devices.board import Board
 from .devices.bus import Bus
 from .devices.memory import GuestMemory
 from .devices.processor import Processor
+from .devices.virtio_blk import DiskEvents
 from .diagnostics import Diagnostics
 from .dirty import MachineDirtyLog
 from .dirty_log import DirtyLog
@@ -137,7 +138,11 @@ class MicroVM:
         self.dirty_log = MachineDirtyLog(log, self._memory.logged_slots)
         self._memory.report_writes_to(self.dirty_log.mark)
 
-        self._board = Board(self._vm, config, self._memory)
+        events = DiskEvents(self._emit, self._stop_for_disk)
+        self._board = Board(self._vm, config, self._memory, events, self._warn)
+        closers.callback(self._board.close)
+        if not config.incoming:
+            self._board.claim_disks()
         self._processors = [self._make_processor(index, model, host) for index in range(config.cpus)]
         if not config.incoming:
             self._reset_everything()
@@ -204,6 +209,7 @@ class MicroVM:
             self._require_next(RunState.RUNNING)
             if self._failure is not None:
                 raise MachineError(f"the machine has failed and has to be reset first: {self._failure}")
+            self._board.claim_disks()
             with _kvm_refusals("starting the machine"):
                 self._board.start()
             for processor in self._processors:
@@ -250,6 +256,8 @@ class MicroVM:
     def _enter(self, state: RunState) -> None:
         """The one place where the run state changes."""
         self._require_next(state)
+        if state is RunState.FINISH_MIGRATE:
+            self._board.release_disks()
         self._runstate = state
 
     # -- vCPUs, all at once; under the transition lock
@@ -348,6 +356,15 @@ class MicroVM:
             self._warn(self._failure)
             if self.running:
                 self.stop(RunState.INTERNAL_ERROR)
+
+    def _stop_for_disk(self) -> None:
+        """A disk cannot go on; called in its thread, which the stop waits for."""
+        self._work.put(self._stop_after_disk_error)
+
+    def _stop_after_disk_error(self) -> None:
+        with self._transition:
+            if self.running:
+                self.stop(RunState.IO_ERROR)
 
     def _shut_down(self, guest: bool, reason: str) -> None:
         self._emit("SHUTDOWN", {"guest": guest, "reason": reason})

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qemumig.errors import MigrationError
 from qemumig.threads import workers
 
+from .block_options import Disks
 from .boot import FirmwareError
 from .chardev_options import CharDevices
 from .config import MachineConfig
@@ -30,7 +32,7 @@ from .monitor.commands import MachineCommands
 from .monitor.events import EventHub
 from .monitor.qmp import QmpMonitor, session_commands, take_fd
 from .monitor.registry import Registry
-from .options import Arguments, BackendRequest, HelpRequested, MonitorRequest, parse
+from .options import Arguments, BackendRequest, HelpRequested, MonitorRequest, block_pairs, parse
 from .process import Background, PidFile
 from .signals import SignalWatcher, describe
 
@@ -151,6 +153,7 @@ class Program:
             kernel_irqchip=arguments.kernel_irqchip,
             isa_serial=arguments.machine_switch("isa-serial", True),
             vapic=arguments.vapic,
+            legacy_virtio=arguments.legacy_virtio,
             uuid=arguments.uuid,
             name=arguments.name,
             incoming=arguments.incoming is not None,
@@ -161,7 +164,22 @@ class Program:
                 consequence = f"could not connect serial device to character backend '{device}'"
                 config.serial = self._devices.add_device("-serial", device, "serial0", consequence)
         self._add_memory(config)
+        self._add_disks(config)
         return config
+
+    def _add_disks(self, config: MachineConfig) -> None:
+        disks = Disks(self._diagnostics.say)
+        self._closers.callback(disks.close)
+        for text in self._arguments.blockdevs:
+            with _about(f"-blockdev {text}"):
+                disks.add_node(block_pairs(text))
+        for text in self._arguments.drives:
+            with _about(f"-drive {text}"):
+                disks.add_drive(text)
+        for text in self._arguments.devices:
+            with _about(f"-device {text}"):
+                disks.add_device(block_pairs(text, "driver"))
+        config.disks = disks.disks
 
     def _add_memory(self, config: MachineConfig) -> None:
         for request in self._arguments.backends:
@@ -266,6 +284,15 @@ class Program:
         self._ending.set()
         for monitor in self._monitors:
             monitor.stop()
+
+
+@contextmanager
+def _about(option: str) -> Iterator[None]:
+    """A UsageError inside is about *option*."""
+    try:
+        yield
+    except UsageError as error:
+        raise error.during(option) from error
 
 
 def ram_idstr(request: BackendRequest) -> str:

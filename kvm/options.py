@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -23,7 +23,7 @@ MACHINE = "microvm"
 DEFAULT_RAM = 128 << 20
 MAX_CPUS = 255
 CPU_MODELS = ("host", "max", "qemu64")
-PAGE_SIZE = 4096
+RAM_GRANULE = 8192  # QEMU rounds -m up to a multiple of this
 VERSION = "QEMU emulator version {major}.{minor}.{micro}".format(**EMULATED) + f" ({PACKAGE})"
 
 # Devices of the machine that do not exist yet: off is what they are, `auto` and silence mean off too.
@@ -92,6 +92,10 @@ class Arguments:
     chardevs: list[str] = field(default_factory=list)
     monitors: list[MonitorRequest] = field(default_factory=list)
     backends: list[BackendRequest] = field(default_factory=list)
+    blockdevs: list[str] = field(default_factory=list)
+    drives: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    legacy_virtio: bool = True
     incoming: str | None = None
     paused: bool = False
     name: str | None = None
@@ -277,6 +281,20 @@ def _object(arguments: Arguments, text: str) -> None:
     arguments.backends.append(backend)
 
 
+def _blockdev(arguments: Arguments, text: str) -> None:
+    arguments.blockdevs.append(text)
+
+
+def _drive(arguments: Arguments, text: str) -> None:
+    arguments.drives.append(text)
+
+
+def _device(arguments: Arguments, text: str) -> None:
+    if text in ("help", "?"):
+        raise HelpRequested('Storage devices:\nname "virtio-blk-device", bus virtio-bus')
+    arguments.devices.append(text)
+
+
 def _incoming(arguments: Arguments, text: str) -> None:
     if not text:
         raise UsageError("Parameter 'channel-type' is missing")
@@ -368,7 +386,7 @@ def _global(arguments: Arguments, text: str) -> None:
     elif (driver, name) == ("apic-common", "vapic"):
         arguments.vapic = _global_switch(driver, name, value)
     elif (driver, name) == ("virtio-mmio", "force-legacy"):
-        _global_switch(driver, name, value)  # there is no virtio device yet that could be either
+        arguments.legacy_virtio = _global_switch(driver, name, value)
     elif driver in ("apic-common", "virtio-mmio"):
         text = f"can't apply global {driver}.{name}={value}: Property '{driver}.{name}' not found"
         raise UsageError(text, complete=True)
@@ -432,6 +450,21 @@ def topology(pairs: dict[str, str | None]) -> tuple[int, int]:
             f"Invalid CPU topology: product of the hierarchy must match maxcpus: {parts} != maxcpus ({max_cpus})"
         )
     return cpus, max_cpus
+
+
+def block_pairs(text: str, implied_key: str = "") -> dict[str, str | None]:
+    """A -blockdev or -device, in either of its forms, as dotted keys; a key alone is on."""
+    if text.startswith("{"):
+        return dict(_dotted(json_object(text)))
+    return {key: "on" if value is None else value for key, value in split(text, implied_key)}
+
+
+def _dotted(value: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _dotted(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, {True: "on", False: "off"}[inner] if isinstance(inner, bool) else str(inner)
 
 
 def json_object(text: str) -> dict:
@@ -579,7 +612,7 @@ def _check_memory(arguments: Arguments) -> None:
                 f"invalid value of maxmem: maximum memory size ({largest:#x}) must be at least "
                 f"the initial memory size ({wanted:#x})"
             )
-    arguments.ram_size = -(-arguments.ram_size // PAGE_SIZE) * PAGE_SIZE
+    arguments.ram_size = -(-arguments.ram_size // RAM_GRANULE) * RAM_GRANULE
     names = [backend.id for backend in arguments.backends]
     if arguments.memory_backend is not None and arguments.memory_backend not in names:
         raise UsageError(f"Memory backend '{arguments.memory_backend}' not found")
@@ -608,6 +641,14 @@ OPTIONS = {
             "memory-backend-ram, -file or -memfd; use: -M …,memory-backend=ID",
             _object,
         ),
+        Option(
+            "blockdev",
+            "driver=file,node-name=NODE,filename=FILE…",
+            "a raw image, or driver=raw,file=NODE; use: -device virtio-blk-device,drive=NODE",
+            _blockdev,
+        ),
+        Option("drive", "if=none,id=ID,file=FILE,format=raw…", "the same in other words; drive=ID uses it", _drive),
+        Option("device", "virtio-blk-device,drive=NODE…", "a disk; bus=virtio-mmio-bus.N chooses its slot", _device),
         Option("serial", "DEV", "where the serial port goes", _serial),
         Option("chardev", "KIND,id=ID…", "a character device: null, stdio, file, pipe, socket", _chardev),
         Option("qmp", "DEV", "a QMP monitor", _qmp),
@@ -615,7 +656,12 @@ OPTIONS = {
         Option("mon", "[chardev=]ID,mode=control[,pretty=on]", "a QMP monitor on a -chardev", _mon),
         Option("incoming", "URI|defer", "wait for a migration; defer: until migrate-incoming says where", _incoming),
         Option("S", "", "do not start the guest; `cont` does", _paused),
-        Option("global", "migration.NAME=VALUE", "set a property of the migration, or apic-common.vapic", _global),
+        Option(
+            "global",
+            "migration.NAME=VALUE",
+            "set a property of the migration, apic-common.vapic or virtio-mmio.force-legacy",
+            _global,
+        ),
         Option("name", "NAME", "what query-name says", _name),
         Option("uuid", "UUID", "the machine's UUID", _uuid),
         Option("no-reboot", "", "a reset by the guest ends the program", _no_reboot),

@@ -7,7 +7,8 @@
     processor      a vCPU: its thread and its three sections
     memory         RAM and firmware, where the guest sees them
     bus            address → device
-    serial, fw_cfg, virtio_mmio                what the guest talks to
+    serial, fw_cfg, virtio_mmio, virtio_blk    what the guest talks to
+    virtio_queue   the ring that a disk's requests come by
     irqchip, kvmclock, timer, vapic            what keeps state for it, mostly in the kernel
 
 A device is a plain object: `read` and `write` by (offset, size) from the first address of its range, `reset`, and

@@ -22,7 +22,7 @@ from typing import Any
 from ..channels.address import Address
 from ..channels.channel import Channel, QuitEvent
 from ..channels.connect import Listener, incoming
-from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError
+from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError
 from ..machine import Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
@@ -61,6 +61,7 @@ class IncomingMigration:
         self._lock = threading.Lock()  # guards autostart against the moment of the start
         self._autostart = autostart
         self._exit_on_error = True
+        self._closing = False
         self._quit: QuitEvent | None = None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
@@ -119,6 +120,7 @@ class IncomingMigration:
     def close(self) -> None:
         """End whatever runs and join its thread; the process is about to exit."""
         self._exit_on_error = False
+        self._closing = True
         if self._quit is not None:
             self._quit.set()
         self._join()
@@ -137,8 +139,13 @@ class IncomingMigration:
             raise
         finally:
             self._clean_up()
-        if self.error is not None and self._exit_on_error:
-            self._on_failure(f"load of migration failed: {self.error}")
+        if self._states.status is not MigrationStatus.FAILED:
+            return
+        message = f"load of migration failed: {self.error}"
+        if self._exit_on_error:
+            self._on_failure(message)
+        elif not self._closing:
+            print(message, file=sys.stderr)
 
     def _take_guest(self) -> None:
         assert self._listener is not None
@@ -158,7 +165,12 @@ class IncomingMigration:
         if loader.description_missing:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
         told = self._tell_source()
-        self._start_guest(loader.runstate, told)
+        try:
+            self._start_guest(loader.runstate, told)
+        except MachineError as error:  # the source has let go of it: whatever happens now, the guest is kept
+            self.error = MachineError(f"the guest is here but does not start ({error}): mend that, then use 'cont'")
+            print(f"migration: {self.error}", file=sys.stderr)
+            self._machine.set_runstate(RunState.PAUSED)
         self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
 
     def _look_round(self) -> None:
@@ -200,7 +212,6 @@ class IncomingMigration:
                 f"the guest is complete and stays stopped; make sure that it does not run at the source, then use 'cont'"
             )
             print(f"migration: {self.error}", file=sys.stderr)
-            self._exit_on_error = False
             return False
         return True
 

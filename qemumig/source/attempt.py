@@ -321,8 +321,13 @@ class Attempt:
             self.machine.set_runstate(RunState.POSTMIGRATE)
             self._states.advance_from_any(MigrationStatus.FAILED)
             return
-        self._resume_guest()
+        try:
+            self._resume_guest()
+        except MachineError as refusal:
+            error = MachineError(f"the guest does not go on here ({refusal}): mend that, then use 'cont'")
+            self.machine.set_runstate(RunState.PAUSED)
         if self._states.status is MigrationStatus.CANCELLING:
+            self.error = error
             return  # cancelled once everything is cleaned up
         self.error = self._with_reason(error)
         self._states.advance_from_any(MigrationStatus.FAILED)

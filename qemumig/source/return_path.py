@@ -66,8 +66,11 @@ class ReturnPath:
                 self._read_message()
         except MigrationCancelled:
             self._end(Verdict.UNKNOWN, None)
-        except (StreamError, ChannelError) as error:
+        except StreamError as error:
             self._end(Verdict.UNKNOWN, error)
+        except ChannelError as error:
+            text = f"the connection broke before the destination had said that it has the guest: {error}"
+            self._end(Verdict.UNKNOWN, ChannelError(text, channel=error.channel, errno=error.errno))
 
     def _end(self, verdict: Verdict, error: MigrationError | None) -> None:
         with self._changed:

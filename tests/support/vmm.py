@@ -11,6 +11,7 @@ has not complained.  Both ends may be any VMM that takes QEMU's command line and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -110,8 +111,11 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30) ->
 
 def children(pid: int) -> list[int]:
     """Process ids of the children of all threads of *pid*."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return sorted(found)
 
 
 def open_files(pid: int) -> dict[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM, PAGE_SIZE, GuestParameters
-from qemumig.cli.vmm import HIGH_MEMORY, LOW_MEMORY_END
+from qemumig.cli.vmm import GIB, HIGH_MEMORY, LOW_MEMORY_END
 
 MIB = 1 << 20
 BASE = 16 * MIB  # below it: the guest's own tables
@@ -33,5 +33,5 @@ def guest(kind: str, memory: int, cpus: int) -> GuestParameters:
         fill_mode=FILL_HALF_RANDOM,
         flags=ALL_CHECKS,
         cpus=cpus,
-        map_gib=-(-memory // (1 << 30)) + 2,
+        map_gib=max(4, -(-memory // GIB) + 2),  # the interrupt controllers are in the fourth
     )

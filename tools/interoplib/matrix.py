@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from qemumig.cli.vmm import VmmError
+from qemumig.cli.vmm import GIB, VmmError
 
 from .guests import CHECKING, DIRTYING, MIB, guest
 from .peers import Peer
 from .transports import WAYS
 from .trial import Rules, Trial
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,6 @@ DESCRIPTOR = "migration"
 Way = Callable[[Vmm, Vmm, float], MigrationOutcome]
 
 
-def give_descriptor(vmm: Vmm, name: str, sock: socket.socket) -> None:
-    """Let *vmm* have a duplicate of *sock*, which it knows by *name*: over its monitor, ahead of the `getfd`."""
-    socket.send_fds(vmm.qmp._socket, [b" "], [sock.fileno()])
-    vmm.command("getfd", fdname=name)
-
-
 def by_tcp(source: Vmm, destination: Vmm, timeout: float) -> MigrationOutcome:
     return migrate(source, destination, "tcp:127.0.0.1:0", timeout=timeout)
 
@@ -37,19 +31,13 @@ def by_fd(source: Vmm, destination: Vmm, timeout: float) -> MigrationOutcome:
     ends = socket.socketpair()
     for vmm, end in zip((source, destination), ends, strict=True):
         with end:
-            give_descriptor(vmm, DESCRIPTOR, end)
+            vmm.qmp.give_fd(DESCRIPTOR, end.fileno())
     return migrate(source, destination, f"fd:{DESCRIPTOR}", timeout=timeout)
 
 
 def by_exec(source: Vmm, destination: Vmm, timeout: float) -> MigrationOutcome:
-    """The command's file gets its name when it is whole: `completed` may come before that (channels.md §5)."""
     file = stored_file(source, destination)
-    outcome = store(source, f"exec:cat >{file}.part && mv {file}.part {file}", timeout)
-    until = time.monotonic() + timeout
-    while not file.exists():
-        if time.monotonic() > until:
-            raise VmmError(f"{source.name}: the command has not ended {timeout:.0f} s after the migration")
-        time.sleep(0.01)  # a name that appears raises no event here
+    outcome = store_by_exec(source, file, timeout)
     load(destination, f"exec:cat {file}", timeout)
     return outcome
 
@@ -78,6 +66,17 @@ def store(source: Vmm, uri: str, timeout: float) -> MigrationOutcome:
         reason = report.get("error-desc") or source.last_words() or "the source does not say why"
         raise VmmError(f"{source.name}: the migration {report['status']}: {reason}")
     return MigrationOutcome(started, time.monotonic(), report)
+
+
+def store_by_exec(source: Vmm, file: Path, timeout: float) -> MigrationOutcome:
+    """Migrate into *file* through a command; it gets its name when it is whole, for `completed` may come before that."""
+    outcome = store(source, f"exec:cat >{file}.part && mv {file}.part {file}", timeout)
+    until = time.monotonic() + timeout
+    while not file.exists():
+        if time.monotonic() > until:
+            raise VmmError(f"{source.name}: the command has not ended {timeout:.0f} s after the migration")
+        time.sleep(0.01)  # a name that appears raises no event here
+    return outcome
 
 
 def load(destination: Vmm, uri: str, timeout: float) -> None:

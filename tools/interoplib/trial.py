@@ -23,7 +23,7 @@ from .peers import Peer, options
 from .transports import WAYS
 
 LETTERS = 4
-START_TIMEOUT = 60.0  # seconds; the guest fills its memory first
+START_TIMEOUT = 30.0  # seconds; the guest fills its memory first
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ class Driver:
             last = number == len(buffers) - 1
             following = (first + number + 1) % self.size if table is None else number + 1
             flags = buffer.flags | (0 if last else NEXT)
-            self.describe((first + number) % self.size if table is None else number, address, buffer.length, flags, following, table)
+            index = (first + number) % self.size if table is None else number
+            self.describe(index, address, buffer.length, flags, following, table)
         if table is not None:
             self.describe(pushed.head, table, 16 * len(buffers), INDIRECT, 0)
         self._free = (self._free + (1 if indirect else len(buffers))) % self.size

@@ -1,0 +1,266 @@
+"""Disks as the command line writes them (cli.md §3).
+
+    -blockdev driver=file,node-name=d0,filename=F[,…]     a node; driver=raw,node-name=r0,file=d0 a second name for it
+    -drive if=none,id=d0,file=F,format=raw[,…]            a drive
+    -device virtio-blk-device,drive=d0[,bus=…]            what uses one of them
+
+All nodes and drives are there before the first device is looked at, whatever the order of the options.  Messages are
+QEMU's; whoever calls puts the option's name in front of those that want it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .block import BlockError, RawImage
+from .config import VIRTIO_MMIO_SLOTS, DiskConfig
+from .keyval import IDENTIFIER, UsageError, choice, identifier, split, switch
+
+Pairs = dict[str, str | None]
+
+DEVICE = "virtio-blk-device"
+_DEVICE_KEYS = ("driver", "drive", "bus", "id", "werror", "rerror", "serial", "write-cache", "share-rw")
+_ERROR_ACTIONS = ("report", "ignore", "enospc", "stop", "auto")
+_SWITCHES = ("on", "off", "auto")
+_CACHE_MODES = {  # of -drive: direct, flushes, writeback
+    "none": (True, True, True),
+    "off": (True, True, True),
+    "writeback": (False, True, True),
+    "unsafe": (False, False, True),
+    "writethrough": (False, True, False),
+    "directsync": (True, True, False),
+}
+_FILE_KEYS = ("filename", "locking", "aio")
+_NODE_KEYS = ("node-name", "read-only", "discard", "cache.direct", "cache.no-flush", "detect-zeroes", "auto-read-only")
+_DRIVE_KEYS = ("if", "id", "file", "format", "readonly", "read-only", "cache", "discard", "werror", "rerror")
+_BUS = re.compile(r"virtio-mmio-bus\.([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Drive:
+    """An opened image and what its option says about errors and writing back."""
+
+    name: str
+    image: RawImage
+    is_node: bool  # from -blockdev
+    on_read_error: str = "auto"
+    on_write_error: str = "auto"
+    writeback: bool = True
+
+
+class Disks:
+    """All nodes, drives and disks of a command line, in its order; `close` closes every image."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._drives: dict[str, Drive] = {}
+        self._images: list[RawImage] = []
+        self._users: dict[int, str] = {}  # id of an image's object → the device on it
+        self._device_ids: set[str] = set()
+        self.disks: list[DiskConfig] = []
+
+    def close(self) -> None:
+        """Close the images; no machine uses them any more."""
+        for image in self._images:
+            image.close()
+
+    # -- nodes
+
+    def add_node(self, pairs: Pairs) -> None:
+        """`-blockdev`."""
+        driver = _required("driver", pairs)
+        choice("driver", driver, ("file", "raw"))
+        name = pairs.get("node-name")
+        if name is None:
+            raise UsageError("'node-name' must be specified for the root node")
+        if not IDENTIFIER.fullmatch(name) or len(name) > 31:
+            raise UsageError(f"Invalid node-name: '{name}'")
+        below = {key.removeprefix("file."): value for key, value in pairs.items() if key.startswith("file.")}
+        if driver == "raw" and not below:
+            self._add_alias(name, pairs)
+            return
+        if driver == "raw":
+            choice("driver", _required("driver", below), ("file",))
+            own = {key: value for key, value in pairs.items() if not key.startswith("file.")}
+            _only_known(own, ("driver", *_NODE_KEYS))
+            pairs = {**below, **own}
+        _only_known(pairs, ("driver", *_NODE_KEYS, *_FILE_KEYS))
+        options = _file_options(pairs)
+        path = _required("filename", pairs)
+        self._require_new_node(name)
+        self._drives[name] = Drive(name, self._open(path, **options), True)
+
+    def _add_alias(self, name: str, pairs: Pairs) -> None:
+        """A raw node on top of a node that has a name of its own."""
+        _only_known(pairs, ("driver", "file", *_NODE_KEYS))
+        below = _required("file", pairs)
+        if below not in self._drives:
+            raise UsageError(f"Cannot find device='{below}' nor node-name='{below}'")
+        self._require_new_node(name)
+        self._drives[name] = replace(self._drives[below], name=name, is_node=True)
+
+    def _require_new_node(self, name: str) -> None:
+        if name in self._drives:
+            raise UsageError(f"Duplicate nodes with node-name='{name}'")
+
+    # -- drives
+
+    def add_drive(self, text: str) -> None:
+        """`-drive`."""
+        pairs: Pairs = dict(split(text, "file"))
+        name = self._drive_name(pairs)
+        format_ = pairs.get("format")
+        if format_ not in (None, "raw"):
+            raise UsageError(f"Unknown driver '{format_}'")
+        path = pairs.get("file") or pairs.get("file.filename")
+        if not path:
+            raise UsageError('A block device must be specified for "file"')
+        for key in pairs:
+            if key.startswith("file.") and key.removeprefix("file.") not in ("driver", *_FILE_KEYS):
+                raise UsageError(f"Block protocol 'file' doesn't support the option '{key.removeprefix('file.')}'")
+            if not key.startswith("file.") and key not in _DRIVE_KEYS:
+                raise UsageError(f"Block format 'raw' does not support the option '{key}'")
+        mode = pairs.get("cache", "writeback")
+        if mode not in _CACHE_MODES:
+            raise UsageError("invalid cache option")
+        direct, flushes, writeback = _CACHE_MODES[mode]
+        options: Pairs = {"read-only": pairs.get("readonly", pairs.get("read-only", "off"))}
+        options |= {key: value for key, value in pairs.items() if key == "discard"}
+        options |= {key.removeprefix("file."): value for key, value in pairs.items() if key.startswith("file.")}
+        on_read_error = _drive_action("read", pairs.get("rerror"))
+        on_write_error = _drive_action("write", pairs.get("werror"))
+        image = self._open(path, **{**_file_options(options), "direct": direct, "flushes": flushes})
+        self._drives[name] = Drive(name, image, False, on_read_error, on_write_error, writeback)
+        if format_ is None:
+            self._warn(f"WARNING: no format was given for '{path}', it is taken as raw; format=raw says so")
+
+    def _drive_name(self, pairs: Pairs) -> str:
+        interface = pairs.get("if", "none")
+        if interface != "none":
+            if interface in ("ide", "scsi", "virtio", "floppy", "pflash", "mtd", "sd"):
+                raise UsageError(f"machine type does not support if={interface} here; if=none and a -device do")
+            raise UsageError(f"unsupported bus type '{interface}'")
+        if "id" not in pairs:
+            raise UsageError("a drive that a -device shall use needs an id")
+        name = identifier("id", pairs["id"])
+        if name in self._drives:
+            raise UsageError(f"Duplicate ID '{name}' for drive")
+        return name
+
+    def _open(self, path: str, **options: bool) -> RawImage:
+        try:
+            image = RawImage(path, **options)
+        except BlockError as error:
+            raise UsageError(str(error), hints=error.hints) from error
+        self._images.append(image)
+        return image
+
+    # -- devices
+
+    def add_device(self, pairs: Pairs) -> None:
+        """`-device`."""
+        if not pairs.get("driver"):
+            raise UsageError("Parameter 'driver' is missing")
+        if pairs["driver"] != DEVICE:
+            raise UsageError(f"'{pairs['driver']}' is not a valid device model name")
+        if "id" in pairs:
+            self._take_id(identifier("id", pairs["id"]))
+        slot = self._slot(pairs.get("bus"))
+        for key in pairs:
+            if key not in _DEVICE_KEYS:
+                raise UsageError(f"Property '{DEVICE}.{key}' not found")
+        if "drive" not in pairs:
+            raise UsageError("drive property not set")
+        drive = self._drives.get(pairs["drive"] or "")
+        if drive is None:
+            raise UsageError(f"Property '{DEVICE}.drive' can't find value '{pairs['drive'] or ''}'")
+        self._take_image(drive)
+        self.disks.append(
+            DiskConfig(
+                drive.name,
+                drive.image,
+                slot,
+                _device_action("rerror", pairs, drive.on_read_error, "report"),
+                _device_action("werror", pairs, drive.on_write_error, "enospc"),
+                _device_switch("write-cache", pairs, drive.writeback),
+                pairs.get("serial") or "",
+            )
+        )
+        _device_switch("share-rw", pairs, False)
+
+    def _take_id(self, name: str) -> None:
+        if name in self._device_ids:
+            raise UsageError(f"Duplicate ID '{name}' for device")
+        self._device_ids.add(name)
+
+    def _slot(self, bus: str | None) -> int:
+        """The slot that *bus* names, or the last free one."""
+        taken = {disk.slot for disk in self.disks}
+        if bus is None:
+            free = set(range(VIRTIO_MMIO_SLOTS)) - taken
+            if not free:
+                raise UsageError(f"No 'virtio-bus' bus found for device '{DEVICE}'")
+            return max(free)
+        match = _BUS.fullmatch(bus)
+        if match is None or int(match[1]) >= VIRTIO_MMIO_SLOTS:
+            raise UsageError(f"Bus '{bus}' not found")
+        if int(match[1]) in taken:
+            raise UsageError(f"Bus '{bus}' is full")
+        return int(match[1])
+
+    def _take_image(self, drive: Drive) -> None:
+        if id(drive.image) in self._users:
+            if drive.is_node:
+                user = f"the disk on '{self._users[id(drive.image)]}'"
+                raise UsageError(f"Permission conflict on node '{drive.name}': {user} writes to it already")
+            raise UsageError(f"Drive '{drive.name}' is already in use by another device")
+        self._users[id(drive.image)] = drive.name
+
+
+def _required(key: str, pairs: Pairs) -> str:
+    value = pairs.get(key)
+    if value is None:
+        raise UsageError(f"Parameter '{key}' is missing")
+    return value
+
+
+def _only_known(pairs: Pairs, known: tuple[str, ...]) -> None:
+    for key in pairs:
+        if key not in known:
+            raise UsageError(f"Parameter '{key}' is unexpected")
+
+
+def _file_options(pairs: Pairs) -> dict[str, bool]:
+    """What RawImage is to be opened with."""
+    choice("detect-zeroes", pairs.get("detect-zeroes", "off"), ("off",))
+    choice("aio", pairs.get("aio", "threads"), ("threads",))
+    switch("auto-read-only", pairs.get("auto-read-only", "off"))
+    return {
+        "read_only": switch("read-only", pairs.get("read-only", "off")),
+        "direct": switch("cache.direct", pairs.get("cache.direct", "off")),
+        "flushes": not switch("cache.no-flush", pairs.get("cache.no-flush", "off")),
+        "unmaps": choice("discard", pairs.get("discard", "ignore"), ("ignore", "off", "unmap", "on")) in ("unmap", "on"),
+        "locks": choice("locking", pairs.get("locking", "auto"), _SWITCHES) != "off",
+    }
+
+
+def _drive_action(kind: str, value: str | None) -> str:
+    """An error action of -drive; a full disk is no matter for reads."""
+    allowed = ("report", "ignore", "stop") + (("enospc",) if kind == "write" else ())
+    if value is not None and value not in allowed:
+        raise UsageError(f"'{value}' invalid {kind} error action")
+    return value or "auto"
+
+
+def _device_action(key: str, pairs: Pairs, of_drive: str, default: str) -> str:
+    action = choice(key, pairs.get(key, "auto"), _ERROR_ACTIONS)
+    if action == "auto":
+        action = of_drive
+    return default if action == "auto" else action
+
+
+def _device_switch(key: str, pairs: Pairs, default: bool) -> bool:
+    value = choice(key, pairs.get(key, "auto"), _SWITCHES)
+    return default if value == "auto" else value == "on"
