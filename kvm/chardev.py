@@ -17,6 +17,7 @@ Holds     (1) bytes leave in the order of the calls to `write`, each once
 
 from __future__ import annotations
 
+import abc
 import array
 import asyncio
 import contextlib
@@ -380,7 +381,7 @@ class StdioBackend(CharBackend):
         termios.tcsetattr(0, termios.TCSANOW, mode)
 
 
-class SocketBackend(CharBackend):
+class SocketBackend(CharBackend, abc.ABC):
     """A stream socket: a server with one client at a time, or a client that connects once."""
 
     def __init__(self, label: str, server: bool, wait: bool) -> None:
@@ -392,9 +393,9 @@ class SocketBackend(CharBackend):
         self._first_client = asyncio.Event()
 
     @property
+    @abc.abstractmethod
     def address(self) -> str:
         """The address as on the command line, e.g. "unix:/run/vm.sock"."""
-        raise NotImplementedError
 
     @property
     def description(self) -> str:
@@ -408,11 +409,13 @@ class SocketBackend(CharBackend):
         else:
             self._client = self._connect()
 
+    @abc.abstractmethod
     def _listen(self) -> socket.socket:
-        raise NotImplementedError
+        """A listening socket on the address; UsageError when that fails."""
 
+    @abc.abstractmethod
     def _connect(self) -> socket.socket:
-        raise NotImplementedError
+        """A socket connected to the address; UsageError when that fails."""
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -619,11 +622,14 @@ class DescriptorBackend(SocketBackend):
             self._server = bool(inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         except OSError:
             raise UsageError(f"File descriptor '{self._descriptor}' is not a socket") from None
-        if self._server:
-            self._listener = inherited
-            inherited.setblocking(False)
-        else:
-            self._client = inherited
+        self._inherited = inherited
+        super().open()
+
+    def _listen(self) -> socket.socket:
+        return self._inherited
+
+    def _connect(self) -> socket.socket:
+        return self._inherited
 
 
 def reason(error: OSError) -> str:
