@@ -79,6 +79,14 @@ class Channel:
     def finish(self) -> None:
         """Say that nothing more will be written, as far as the transport can; reading goes on."""
 
+    def share_core(self) -> None:
+        """Expect that both ends take turns on one core, because a guest keeps the others busy.
+
+        Between two processes of one host there is no distance to fill with bytes under way: few of them then, and those
+        in the cache, are faster than the many that the kernel would let pile up.  With a core for each end it is the
+        other way round.
+        """
+
     def close(self) -> None:
         """Give the descriptors back."""
         for fd in {self.read_fd, self.write_fd} - {-1}:
@@ -86,9 +94,8 @@ class Channel:
         self.read_fd = self.write_fd = -1
 
 
-# Between two processes of one host there is no distance to fill with bytes under way.  A buffer that fits the processor's
-# second-level cache lets the receiver find them there; the kernel would let it grow to many times that.
-ONE_HOST_SEND_BUFFER = 384 * 1024
+# Fits the processor's second-level cache, so that a receiver that runs next on the same core finds the bytes there.
+IN_CACHE_SEND_BUFFER = 384 * 1024
 
 
 def _is_on_one_host(sock: socket.socket) -> bool:
@@ -107,8 +114,10 @@ class SocketChannel(Channel):
         self._socket = sock
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if _is_on_one_host(sock):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ONE_HOST_SEND_BUFFER)
+
+    def share_core(self) -> None:
+        if self._socket.family in (socket.AF_INET, socket.AF_INET6) and _is_on_one_host(self._socket):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, IN_CACHE_SEND_BUFFER)
 
     def _shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError):  # the peer was faster: there is nothing left to end

@@ -159,6 +159,8 @@ class Attempt:
             self._channel = channel
             if self._cancelled:
                 raise MigrationCancelled("the migration was cancelled")
+        if self.machine.runstate is RunState.RUNNING:
+            channel.share_core()
         self.out = OutputStream(channel)
         if not self.options.capability("return-path"):
             return
