@@ -5,6 +5,7 @@
     dirty     bitmap sync: the hypervisor's log into the migration bitmap
     populated which pages exist at all: the others are zero
     save      the walk over the bitmap: one page after the other into the stream, by reference
+    cache     what the destination has of a page, and how the page goes out because of it
     load      records from the stream straight into guest RAM
     scan      a recorded stream's records, counted and found again: for tools
 
