@@ -410,9 +410,9 @@ class MicroVM:
         """
         with self._transition:
             self._require_stopped("loaded")
-            loads = [(*self._loader(section), record) for section, record in loaded]
-            with _kvm_refusals("loading device state"):
-                for _, load, record in sorted(loads, key=lambda one: one[0]):  # stable: of two alike the last one wins
+            loads = [(*self._loader(section), section, record) for section, record in loaded]
+            for _, load, section, record in sorted(loads, key=lambda one: one[0]):  # stable: of two alike the last one wins
+                with _refusals_of(section):
                     load(record)
             self._memory.not_fresh()
 
@@ -472,6 +472,15 @@ def _describe(exit: Exit) -> str:
         data = " ".join(f"{word:#x}" for word in exit.data)
         return f"KVM internal error, suberror {exit.suberror}, data [{data}]"
     return f"unexpected exit {exit}"
+
+
+@contextmanager
+def _refusals_of(section: DeviceSection) -> Iterator[None]:
+    """Let what KVM or a device refuses inside say whose state it was."""
+    try:
+        yield
+    except (KvmError, MachineError) as error:
+        raise MachineError(str(error), section=section.idstr, instance_id=section.instance_id) from error
 
 
 @contextmanager

@@ -8,7 +8,8 @@
     ├── MachineError          the hypervisor said no
     └── MigrationCancelled    somebody changed their mind; not a fault
 
-A message is one sentence: the place, what was found, what was expected.  The attributes carry the parts.
+A message is one sentence: the place, what was found, what was expected, and what would help where something would.  The
+attributes carry the parts.
 """
 
 from __future__ import annotations
@@ -46,16 +47,28 @@ class ChannelError(MigrationError):
 
 
 class StreamError(MigrationError):
-    """The stream holds something that is refused: *offset* in bytes from its start, in *section*."""
+    """The stream holds something that is refused: *offset* in bytes from its start, in *section*.
 
-    def __init__(self, message: str, *, offset: int | None = None, section: str = "") -> None:
-        super().__init__(message)
+    *remedy* is what would help, as the end of the sentence; "" when nothing is known to.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None, section: str = "", remedy: object = "") -> None:
+        self.remedy = str(remedy)
+        super().__init__(f"{message}; {self.remedy}" if self.remedy else message)
         self.offset = offset
         self.section = section
 
 
 class MachineError(MigrationError):
-    """The virtual machine or its hypervisor refused; the cause is chained."""
+    """The virtual machine or its hypervisor refused; the cause is chained.
+
+    *section* and *instance_id*: whose state it could not take, when it is a load that failed.
+    """
+
+    def __init__(self, message: str, *, section: str = "", instance_id: int = 0) -> None:
+        super().__init__(message)
+        self.section = section
+        self.instance_id = instance_id
 
 
 class MigrationCancelled(MigrationError):

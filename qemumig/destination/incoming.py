@@ -14,6 +14,7 @@ Threads   the control loop's thread calls `listen`, `query`, `close`; `mig/dst/m
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 import threading
 from collections.abc import Callable
@@ -22,11 +23,11 @@ from typing import Any
 from ..channels.address import Address
 from ..channels.channel import Channel, QuitEvent
 from ..channels.connect import Listener, incoming
-from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError
+from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
 from ..machine import Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
-from ..savevm import commands
+from ..savevm import commands, remedies
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
 from ..wire.stream import InputStream, OutputStream
@@ -65,6 +66,7 @@ class IncomingMigration:
         self._quit: QuitEvent | None = None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
+        self._loader: StreamLoader | None = None
         self._answers: OutputStream | None = None  # the return path, once it is open
         self._thread: threading.Thread | None = None
         self.error: MigrationError | None = None
@@ -132,6 +134,8 @@ class IncomingMigration:
             self._take_guest()
         except MigrationCancelled as error:
             self._fail(error)
+        except (StreamError, ChannelError) as error:
+            self._fail(self._explained(error))
         except MigrationError as error:
             self._fail(error)
         except Exception as error:  # a defect of ours: the source must hear that nothing runs here
@@ -152,7 +156,7 @@ class IncomingMigration:
         self._channel = self._listener.accept()
         self._listener.close()
         self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
-        loader = StreamLoader(
+        loader = self._loader = StreamLoader(
             self._machine,
             self._options,
             InputStream(self._channel),
@@ -161,7 +165,10 @@ class IncomingMigration:
             look_round=self._look_round,
         )
         loader.load()
-        self._machine.load_device_state(loader.staged)
+        try:
+            self._machine.load_device_state(loader.staged)
+        except MachineError as error:
+            raise loader.placed(error) from error
         if loader.description_missing:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
         told = self._tell_source()
@@ -226,6 +233,14 @@ class IncomingMigration:
             else:
                 self._machine.set_runstate(RunState.PAUSED)
 
+    def _explained(self, error: StreamError | ChannelError) -> MigrationError:
+        """*error*, and what it may mean when the source was gone before it had sent any contents."""
+        if getattr(error, "remedy", "") or self._channel is None or self._loader is None or self._loader.has_contents:
+            return error
+        if self._channel.kind != "socket" or not has_hung_up(self._channel.read_fd):
+            return error
+        return StreamError(str(error), offset=getattr(error, "offset", None), remedy=remedies.for_early_end())
+
     def _fail(self, error: MigrationError) -> None:
         self.error = error
         if self._answers is not None:
@@ -237,7 +252,7 @@ class IncomingMigration:
     def _clean_up(self) -> None:
         assert self._quit is not None
         self._quit.set()
-        self._answers = None
+        self._answers = self._loader = None
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -254,3 +269,10 @@ class IncomingMigration:
     def _announce(self, status: MigrationStatus) -> None:
         if self._options.capability("events"):
             self._emit("MIGRATION", {"status": status.value})
+
+
+def has_hung_up(fd: int) -> bool:
+    """Whether the other end of a socket sends nothing any more; what it sent before may still lie there."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))

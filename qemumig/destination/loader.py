@@ -14,19 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import StreamError
+from ..errors import MachineError, StreamError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
 from ..qapi import RunState
 from ..ram import live
 from ..ram.load import RamLoader
-from ..savevm import commands, sections
+from ..savevm import commands, remedies, sections
 from ..savevm.sections import SectionEntry, SectionTable
 from ..wire.format import SectionType
 from ..wire.stream import InputStream
 
 WITH_IDENTITY = (SectionType.QEMU_VM_SECTION_START, SectionType.QEMU_VM_SECTION_FULL)
 SECTIONS = (*WITH_IDENTITY, SectionType.QEMU_VM_SECTION_PART, SectionType.QEMU_VM_SECTION_END)
+
+_OPTIONAL: dict[int, str] = {  # what stands between sections when the property is on
+    SectionType.QEMU_VM_CONFIGURATION: "send-configuration",
+    SectionType.QEMU_VM_SECTION_FOOTER: "send-section-footer",
+}
 
 
 class StreamLoader:
@@ -55,6 +60,7 @@ class StreamLoader:
         self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
         self.ram = RamLoader(stream, machine.ram_blocks)
         self.staged: list[tuple[DeviceSection, Any]] = []
+        self.places: dict[tuple[str, int], int] = {}  # where in the stream each staged section began
         self.runstate: RunState | None = None  # of the source, as its section globalstate says
         self.description_missing = False
 
@@ -74,11 +80,21 @@ class StreamLoader:
         """Read the stream to its end; StreamError, ChannelError or MigrationCancelled when that is not possible."""
         sections.read_file_header(self._stream)
         if self._options.migration_property("send-configuration"):
-            received = sections.read_configuration(self._stream)
-            sections.check_configuration(received, machine_type=self._machine.machine_type, uuid=self._machine.uuid)
+            self._load_configuration()
         while self._load_element():
             self._look_round()
         self.description_missing = sections.skip_vmdescription(self._stream) is None
+
+    def _load_configuration(self) -> None:
+        """Read what both ends must agree on before anything else, and compare it."""
+        offset = self._stream.offset
+        sections.check_configuration(
+            sections.read_configuration(self._stream),
+            machine_type=self._machine.machine_type,
+            capabilities=[name for name, is_on in self._options.capabilities().items() if is_on],
+            uuid=self._machine.uuid,
+            offset=offset,
+        )
 
     def _load_element(self) -> bool:
         """Load one section or command; False after the end mark."""
@@ -92,11 +108,19 @@ class StreamLoader:
             self._load_command(offset)
         else:
             raise StreamError(
-                f"offset {offset:#x}: section type {kind:#04x} found, "
+                f"section at offset {offset:#x}: type {kind:#04x} found, "
                 f"expected START (0x01), PART (0x02), END (0x03), FULL (0x04), COMMAND (0x08) or the end (0x00)",
                 offset=offset,
+                remedy=self._remedy_for_type(kind),
             )
         return True
+
+    def _remedy_for_type(self, kind: int) -> object:
+        """What would help when the source sends what this side was told not to expect."""
+        name = _OPTIONAL.get(kind)
+        if name is None or self._options.migration_property(name):
+            return ""
+        return remedies.for_property(name, on_here=False)
 
     def _load_section(self, kind: int, offset: int) -> None:
         header = sections.read_section_header(self._stream, kind)
@@ -106,21 +130,41 @@ class StreamLoader:
         if section is None:
             self.ram.load_body(self._look_round)
         elif kind in WITH_IDENTITY:
-            self._stage(section, bound.version_id)
+            self._stage(section, bound.version_id, offset)
         else:
-            text = f"section '{section.idstr}' at {offset:#x} is device state, it cannot come in parts"
+            text = (
+                f"section '{section.idstr}' instance {section.instance_id} at offset {offset:#x}: "
+                f"device state in parts ({header.type.name}), expected it whole"
+            )
             raise StreamError(text, offset=offset, section=section.idstr)
         if self._options.migration_property("send-section-footer"):
-            sections.read_section_footer(self._stream, header.section_id, bound.entry.idstr)
+            sections.read_section_footer(self._stream, header.section_id, bound.entry.idstr, is_certain_end=section is None)
 
-    def _stage(self, section: DeviceSection, version_id: int) -> None:
-        """Load device state into a record of its own; the last one of a section wins."""
+    def _stage(self, section: DeviceSection, version_id: int, offset: int) -> None:
+        """Load device state, whose section began at *offset*, into a record of its own; the last one of a section wins."""
         record = section.vmstate.load(self._stream, version_id, section=section.idstr, instance_id=section.instance_id)
         if section is GLOBALSTATE_SECTION:
             self.runstate = record.state
             return
+        self.places[section.idstr, section.instance_id] = offset
         self.staged = [entry for entry in self.staged if entry[0] is not section]
         self.staged.append((section, record))
+
+    @property
+    def has_contents(self) -> bool:
+        """Whether any page has come that is not zero."""
+        return self.ram.normal_pages > 0
+
+    def placed(self, error: MachineError) -> MachineError:
+        """*error*, by which the machine could not take `staged`, with the place in the stream of what it refused."""
+        identity = error.section, error.instance_id
+        record = next((one for section, one in self.staged if (section.idstr, section.instance_id) == identity), None)
+        if record is None:
+            return error
+        place = f"section {error.section!r} instance {error.instance_id} at offset {self.places[identity]:#x}"
+        remedy = str(remedies.for_device_state(error.section, record))
+        text = f"{place}: {error}" + (f"; {remedy}" if remedy else "")
+        return MachineError(text, section=error.section, instance_id=error.instance_id)
 
     def _load_command(self, offset: int) -> None:
         command = commands.read_command(self._stream)
@@ -129,7 +173,10 @@ class StreamLoader:
         elif isinstance(command, commands.Ping):
             self._pong(command.value)
         elif not isinstance(command, commands.SwitchoverStart):  # which no device here waits for
+            capability = remedies.capability_of(command.type, len(command.payload()))
             raise StreamError(
-                f"command {type(command).__name__} at {offset:#x} belongs to a feature that is not built in this version",
+                f"{command.type.name} at offset {offset:#x}: the source has capability '{capability}' on, "
+                f"which is not built in this version of qemumig",
                 offset=offset,
+                remedy=remedies.for_capability(capability, on_here=False),
             )

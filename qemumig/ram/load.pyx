@@ -36,6 +36,7 @@ from ..wire.stream cimport STREAM_OK, InputStream, get_be64, iovec, put_be64
 from .bitmap cimport Bitmap, clear_run, set_bit, test_bit
 from .block cimport RAMBlock
 
+from ..savevm import remedies
 from ..wire.format import RamSaveFlag
 
 cdef enum LoadStatus:
@@ -103,10 +104,10 @@ cdef class RamLoader:
         for index in range(self.block_count):
             block = self.blocks[index]
             name = self.names[index]
-            bitmap = Bitmap(block.used_length // TARGET_PAGE_SIZE)
+            bitmap = Bitmap(block.max_length // TARGET_PAGE_SIZE)
             self.received.append(bitmap)
             self.table[index].host = <uint8_t *> block.host_address
-            self.table[index].pages = bitmap.bits
+            self.table[index].pages = block.used_length // TARGET_PAGE_SIZE
             self.table[index].received = bitmap.words
             self.table[index].fresh = block.fresh
             block.fresh = False  # once a load has begun, only a discard makes it so again
@@ -311,46 +312,56 @@ cdef class RamLoader:
             return          # 8.1 sends it without multifd, too: nothing to do
         else:
             raise StreamError(
-                f"RAM record at {self.head_offset:#x}: head {self.head:#x} has flags {flags:#x}, expected one of "
-                f"ZERO (0x2), MEM_SIZE (0x4), PAGE (0x8), EOS (0x10), with PAGE and ZERO also CONTINUE (0x20)",
+                f"section 'ram' instance 0, record at offset {self.head_offset:#x}: head {self.head:#x} has flags "
+                f"{flags:#x}{flag_names(flags)}, expected one of ZERO (0x2), MEM_SIZE (0x4), PAGE (0x8), EOS (0x10), "
+                f"with PAGE and ZERO also CONTINUE (0x20)",
                 offset=self.head_offset,
                 section="ram",
+                remedy=remedies.for_record(flags),
             )
 
     cdef load_block_list(self, uint64_t total):
-        """The list of RAM blocks: each must exist here, at the same length (ram.md §3)."""
+        """The list of RAM blocks: each must exist here, and have or take the same length (ram.md §3)."""
         cdef uint64_t length, left = total
-        by_name = dict(zip(self.names, self.blocks))
+        cdef int index
         while left:
             place = self.stream.offset
             name = self.stream.read(self.stream.read_u8("the list of RAM blocks"), "the name of a RAM block")
             length = self.stream.read_be64("the list of RAM blocks")
-            if name not in by_name:
-                raise self.unknown_block(name, place)
-            block = by_name[name]
-            if length != block.used_length:
-                raise StreamError(
-                    f"RAM section at {place:#x}: block '{block.idstr}' has {block.used_length:#x} bytes here, "
-                    f"the stream says {length:#x}",
-                    offset=place,
-                    section="ram",
-                )
+            if name not in self.names:
+                raise self.unknown_block(name, place, length, is_main=left == total)
+            index = self.names.index(name)
+            self.take_length(index, length, place)
             if length > left:
-                raise StreamError(
-                    f"RAM section at {place:#x}: block '{block.idstr}' has {length:#x} bytes, "
+                raise list_error(
+                    place,
+                    f"block '{self.blocks[index].idstr}' has {length:#x} bytes, "
                     f"only {left:#x} are left of the announced total of {total:#x}",
-                    offset=place,
-                    section="ram",
                 )
             left -= length
 
-    def unknown_block(self, bytes name, place):
-        known = ", ".join(f"'{block.idstr}'" for block in self.blocks)
-        return StreamError(
-            f"RAM section at {place:#x}: block {name.decode('ascii', 'backslashreplace')!r} does not exist here, "
-            f"this machine has {known}",
-            offset=place,
-            section="ram",
+    cdef take_length(self, int index, uint64_t length, place):
+        """Let a block have the length that it has at the source, if there is room to grow or shrink in."""
+        cdef RAMBlock block = self.blocks[index]
+        if length == block.used_length:
+            return
+        if length > block.max_length or length % TARGET_PAGE_SIZE or block.max_length == block.used_length:
+            raise list_error(
+                place,
+                f"block '{block.idstr}' has {block.used_length:#x} bytes here, the stream says {length:#x}",
+                remedies.for_block_length(block.idstr, length),
+            )
+        block.used_length = length
+        self.table[index].pages = length // TARGET_PAGE_SIZE
+
+    def unknown_block(self, bytes name, place, length=None, *, is_main=False):
+        text = name.decode("ascii", "backslashreplace")
+        here = {block.idstr: block.used_length for block in self.blocks}
+        known = ", ".join(f"'{idstr}'" for idstr in here)
+        return list_error(
+            place,
+            f"block {text!r} does not exist here, this machine has {known}",
+            remedies.for_block(text, length, here, is_main=is_main),
         )
 
     cdef refusal(self, int status):
@@ -367,4 +378,17 @@ cdef class RamLoader:
             )
         else:
             finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
-        return StreamError(f"RAM record at {place:#x}: {finding}", offset=place, section="ram")
+        return StreamError(
+            f"section 'ram' instance 0, record at offset {place:#x}: {finding}", offset=place, section="ram"
+        )
+
+
+def list_error(place, finding, remedy=""):
+    """What is wrong with the entry at *place* of the list of blocks."""
+    return StreamError(f"section 'ram' instance 0 at offset {place:#x}: {finding}", offset=place, section="ram", remedy=remedy)
+
+
+def flag_names(flags):
+    """The flags that have a name, as the end of a phrase."""
+    names = [one.name.removeprefix("RAM_SAVE_FLAG_") for one in RamSaveFlag if flags & one]
+    return f" ({', '.join(names)})" if names else ""

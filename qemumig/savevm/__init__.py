@@ -8,6 +8,7 @@
     vmdesc      the JSON that tells what was sent; taking a recorded stream apart with it
     devices/    one description for each section of the machine, over plain records
     place       where a load or a save is, for messages
+    remedies    what would let a destination take what it refuses
 
                       ┌ sections.encode_section_header ┐
     record ─▶ vmstate.save ─▶ bytes ───────────────────┴─▶ stream ─▶ sections.read_section_header

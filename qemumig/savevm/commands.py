@@ -27,6 +27,7 @@ DISCARD_RANGES_LIMIT = 12
 
 _RECV_BITMAP_END = 0x0123456789ABCDEF
 _DISCARD_VERSION = 0
+_NEWER_SOURCE = "the source is of a later version, or the bytes before were not what they seemed"
 _RESUME_ACK_VALUE = 1
 
 
@@ -129,13 +130,13 @@ class PostcopyRamDiscard(Command):
         what = cls.type.name
         version = payload.read_u8(what)
         if version != _DISCARD_VERSION:
-            _refuse(f"{what} has version {version}, expected {_DISCARD_VERSION}", payload.offset - 1)
+            _refuse(what, payload.offset - 1, f"version {version} found, expected {_DISCARD_VERSION}")
         block = _read_block_name(payload, what)
         terminator = payload.read_u8(what)
         if terminator != 0:
-            _refuse(f"{what}: {terminator:#04x} behind the name {block!r}, expected 0x00", payload.offset - 1)
+            _refuse(what, payload.offset - 1, f"{terminator:#04x} behind the name {block!r}, expected 0x00")
         if payload.remaining == 0 or payload.remaining % 16:
-            _refuse(f"{what}: ranges of {payload.remaining} bytes, expected a positive multiple of 16", payload.offset)
+            _refuse(what, payload.offset, f"ranges of {payload.remaining} bytes, expected a positive multiple of 16")
         return cls(block, tuple(_read_range(payload, what) for _ in range(payload.remaining // 16)))
 
 
@@ -154,7 +155,7 @@ class Packaged(Command):
     def read(cls, payload: BytesReader) -> Packaged:
         length = payload.read_be32()
         if length > PACKAGE_LIMIT:
-            _refuse(f"a package of {length} bytes announced, expected at most {PACKAGE_LIMIT}", payload.offset - 4)
+            _refuse(cls.type.name, payload.offset - 4, f"{length} bytes announced, expected at most {PACKAGE_LIMIT}")
         return cls(length)
 
 
@@ -195,6 +196,9 @@ class SwitchoverStart(Command):
     type = MigCommand.MIG_CMD_SWITCHOVER_START
 
 
+TAKEN_IN_PRECOPY = (OpenReturnPath, Ping, SwitchoverStart)
+"""The commands that belong to no capability that a source has to have on: every destination takes them."""
+
 _COMMANDS: dict[int, type[Command]] = {one.type: one for one in Command.__subclasses__()}
 
 
@@ -214,10 +218,10 @@ def read_command(reader: Reader) -> Command:
     length = reader.read_be16("a command")
     kind = _COMMANDS.get(number)
     if kind is None:
-        _refuse(f"unknown command {number:#x} with a payload of {length} bytes", offset)
+        _refuse("command", offset, f"unknown number {number:#x}, with a payload of {length} bytes", _NEWER_SOURCE)
     if kind.lengths is not None and length not in kind.lengths:
         expected = " or ".join(map(str, kind.lengths))
-        _refuse(f"{kind.type.name} has a payload of {length} bytes, expected {expected}", offset)
+        _refuse(kind.type.name, offset, f"a payload of {length} bytes, expected {expected}")
     payload = BytesReader(reader.read(length, kind.type.name), offset + 4)
     command = kind.read(payload)
     _check_consumed(payload, kind.type.name)
@@ -343,7 +347,7 @@ class ResumeAck(ReturnMessage):
     def read(cls, payload: BytesReader) -> ResumeAck:
         value = payload.read_be32()
         if value != _RESUME_ACK_VALUE:
-            _refuse(f"{cls.type.name} has value {value}, expected {_RESUME_ACK_VALUE}", payload.offset - 4)
+            _refuse(cls.type.name, payload.offset - 4, f"value {value} found, expected {_RESUME_ACK_VALUE}")
         return cls()
 
 
@@ -378,10 +382,10 @@ def read_return_message(reader: Reader, bitmap_size: Callable[[str], int] | None
     length = reader.read_be16("a return path message")
     kind = _MESSAGES.get(number)
     if kind is None:
-        _refuse(f"unknown return path message {number:#x} with a payload of {length} bytes", offset)
+        _refuse("return path message", offset, f"unknown number {number:#x}, with a payload of {length} bytes")
     if length > MIG_RP_MAX_LENGTH or (kind.length is not None and length != kind.length):
         expected = f"at most {MIG_RP_MAX_LENGTH}" if kind.length is None else str(kind.length)
-        _refuse(f"{kind.type.name} has a payload of {length} bytes, expected {expected}", offset)
+        _refuse(kind.type.name, offset, f"a payload of {length} bytes, expected {expected}")
     payload = BytesReader(reader.read(length, kind.type.name), offset + 4)
     message = kind.read(payload)
     _check_consumed(payload, kind.type.name)
@@ -394,18 +398,18 @@ def _read_bitmap(reader: Reader, block: str, bitmap_size: Callable[[str], int] |
     """The bitmap behind the counted payload."""
     offset = reader.offset
     if bitmap_size is None:
-        _refuse(f"a bitmap of block {block!r} received, expected none", offset)
+        _refuse("bitmap", offset, f"of block {block!r}, expected none: nobody has asked for it")
     try:
         expected = bitmap_size(block)
     except KeyError:
-        _refuse(f"a bitmap of block {block!r} received, which this machine does not have", offset)
+        _refuse("bitmap", offset, f"of block {block!r}, which this machine does not have")
     size = reader.read_be64("the size of a bitmap")
     if size != expected:
-        _refuse(f"the bitmap of block {block!r} has {size} bytes, expected {expected}", offset)
+        _refuse("bitmap", offset, f"of block {block!r} with {size} bytes, expected {expected}")
     bitmap = reader.read(size, f"the bitmap of block {block!r}")
     end = reader.read_be64("the end mark of a bitmap")
     if end != _RECV_BITMAP_END:
-        _refuse(f"{end:#x} behind the bitmap of block {block!r}, expected {_RECV_BITMAP_END:#x}", reader.offset - 8)
+        _refuse("bitmap", reader.offset - 8, f"{end:#x} behind that of block {block!r}, expected {_RECV_BITMAP_END:#x}")
     return bitmap
 
 
@@ -418,7 +422,7 @@ def _read_range(payload: BytesReader, what: str, size_bytes: int = 8) -> tuple[i
     start = payload.read_be64(what)
     length = int.from_bytes(payload.read(size_bytes, what), "big")
     if start + length > 1 << 64:
-        _refuse(f"{what}: range {start:#x} + {length:#x} ends beyond 64 bits", offset)
+        _refuse(what, offset, f"range {start:#x} + {length:#x} ends beyond 64 bits")
     return start, length
 
 
@@ -426,13 +430,13 @@ def _read_block_name(payload: BytesReader, what: str) -> str:
     offset = payload.offset
     name = read_counted_string(payload, what)
     if not name:
-        _refuse(f"{what} has an empty block name", offset)
+        _refuse(what, offset, "an empty block name, expected at least one letter")
     return name
 
 
 def _check_consumed(payload: BytesReader, what: str) -> None:
     if payload.remaining:
-        _refuse(f"{what} has {payload.remaining} bytes more than expected", payload.offset)
+        _refuse(what, payload.offset, f"the payload has {payload.remaining} bytes more than expected")
 
 
 def _be32(value: int) -> bytes:
@@ -441,5 +445,5 @@ def _be32(value: int) -> bytes:
     return struct.pack(">I", value)
 
 
-def _refuse(finding: str, offset: int) -> NoReturn:
-    raise StreamError(f"offset {offset:#x}: {finding}", offset=offset)
+def _refuse(what: str, offset: int, finding: str, remedy: object = "") -> NoReturn:
+    raise StreamError(f"{what} at offset {offset:#x}: {finding}", offset=offset, remedy=remedy)

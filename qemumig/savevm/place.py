@@ -33,10 +33,10 @@ class Loading(Place):
         super().__init__(section, instance_id)
         self.reader = reader
 
-    def refuse(self, finding: str, offset: int | None = None) -> NoReturn:
-        """Raise StreamError: *finding* says what was found and what was expected."""
+    def refuse(self, finding: str, offset: int | None = None, remedy: object = "") -> NoReturn:
+        """Raise StreamError: *finding* says what was found and what was expected, *remedy* what would help."""
         where = self.reader.offset if offset is None else offset
-        raise StreamError(f"{self} at offset {where:#x}: {finding}", offset=where, section=self.section)
+        raise StreamError(f"{self} at offset {where:#x}: {finding}", offset=where, section=self.section, remedy=remedy)
 
 
 class Saving(Place):

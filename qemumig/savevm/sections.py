@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NoReturn, TypeVar
+from uuid import UUID
 
 from ..errors import StreamError
 from ..options import CAPABILITIES
@@ -28,6 +29,7 @@ from ..wire.format import (
     TARGET_PAGE_BITS,
     SectionType,
 )
+from . import remedies
 from .fields import Count, Description, Field, buffer, capability, uint8, uint32
 from .reader import Reader, counted_string, read_counted_string
 from .vmstate import Subsection, Value, VMState, plain_subsection
@@ -37,6 +39,9 @@ VALIDATED_CAPABILITIES = ("x-ignore-shared", "mapped-ram")
 
 _REMOVED_CAPABILITIES = {"compress", "block"}  # in QEMU until 9.0
 _KNOWN_CAPABILITIES = {one.name for one in CAPABILITIES} | _REMOVED_CAPABILITIES
+
+CONFIGURATION_OFFSET = 8
+"""Bytes before the configuration: the file header."""
 
 _MAX_MACHINE_TYPE = 256  # bytes
 _MAX_CAPABILITIES = 64
@@ -52,20 +57,21 @@ def encode_file_header() -> bytes:
 
 def read_file_header(reader: Reader) -> None:
     """Read magic and version; StreamError unless both are the ones of this format."""
+    offset = reader.offset
     magic = reader.read_be32("the file header")
     if magic != QEMU_VM_FILE_MAGIC:
-        _refuse(reader, 4, f"file header: magic {magic:#010x} found, expected {QEMU_VM_FILE_MAGIC:#010x} (QEVM)")
+        found = f"magic {magic:#010x} found, expected {QEMU_VM_FILE_MAGIC:#010x} (QEVM)"
+        _refuse("file header", offset, found, remedies.for_magic(magic))
     version = reader.read_be32("the file header")
     if version == QEMU_VM_FILE_VERSION_COMPAT:
-        _refuse(reader, 4, f"file header: version {version} is obsolete, expected {QEMU_VM_FILE_VERSION}")
+        _refuse("file header", offset + 4, f"version {version} is obsolete, expected {QEMU_VM_FILE_VERSION}")
     if version != QEMU_VM_FILE_VERSION:
-        _refuse(reader, 4, f"file header: version {version} found, expected {QEMU_VM_FILE_VERSION}")
+        _refuse("file header", offset + 4, f"version {version} found, expected {QEMU_VM_FILE_VERSION}")
 
 
-def _refuse(reader: Reader, back: int, finding: str) -> NoReturn:
-    """Raise StreamError about what was read *back* bytes ago."""
-    offset = reader.offset - back
-    raise StreamError(f"offset {offset:#x}: {finding}", offset=offset, section="configuration")
+def _refuse(what: str, offset: int, finding: str, remedy: object = "") -> NoReturn:
+    """Raise StreamError about *what*, which stands at *offset*."""
+    raise StreamError(f"{what} at offset {offset:#x}: {finding}", offset=offset, section="configuration", remedy=remedy)
 
 
 # -- configuration (stream.md §4)
@@ -100,7 +106,7 @@ class Configuration:
 
     @property
     def machine_type(self) -> str:
-        return self.name.decode(errors="replace")
+        return self.name.decode(errors="backslashreplace")
 
     @property
     def enabled_capabilities(self) -> list[str]:
@@ -149,41 +155,61 @@ def encode_configuration(configuration: Configuration) -> tuple[bytes, Descripti
 
 def read_configuration(reader: Reader) -> Configuration:
     """Read marker and configuration, without judging it; StreamError when the section is missing or malformed."""
+    offset = reader.offset
     marker = reader.read_u8("the configuration marker")
     if marker != SectionType.QEMU_VM_CONFIGURATION:
-        _refuse(reader, 1, f"{marker:#04x} found, expected the configuration ({SectionType.QEMU_VM_CONFIGURATION:#04x})")
+        found = f"{marker:#04x} found, expected its marker ({SectionType.QEMU_VM_CONFIGURATION:#04x})"
+        remedy = remedies.for_property("send-configuration", on_here=True)
+        _refuse("configuration", offset, found, remedy if marker in _WITH_IDENTITY else "")
     record: Configuration = CONFIGURATION.load(reader, 0, section="configuration")
     return record
 
 
 def check_configuration(
-    received: Configuration, *, machine_type: str, capabilities: Iterable[str] = (), uuid: bytes | None = None
+    received: Configuration,
+    *,
+    machine_type: str,
+    capabilities: Iterable[str] = (),
+    uuid: bytes | None = None,
+    offset: int = CONFIGURATION_OFFSET,
 ) -> None:
     """Compare *received* with this side: its machine type, the capabilities that are on, its UUID (None: it has none).
 
-    Raises StreamError for the first difference that matters.  A UUID that this side cannot compare is accepted.
+    Raises StreamError for the first difference that matters; *offset* is where the configuration began, for the message.
+    A UUID that this side cannot compare is accepted.
     """
+    difference = _difference(received, machine_type, frozenset(capabilities), uuid)
+    if difference is not None:
+        _refuse("configuration", offset, *difference)
+
+
+Difference = tuple[str, object]  # what is not the same, and what would help
+
+
+def _difference(
+    received: Configuration, machine_type: str, capabilities: frozenset[str], uuid: bytes | None
+) -> Difference | None:
     if received.name != machine_type.encode():
-        _differ(f"machine type {received.machine_type!r} received, this machine is {machine_type!r}")
+        found = f"machine type {received.machine_type!r} received, this machine is {machine_type!r}"
+        return found, remedies.for_machine_type(received.machine_type, machine_type)
     if received.target_page_bits not in (None, TARGET_PAGE_BITS):
-        _differ(f"target page bits {received.target_page_bits} received, this machine has {TARGET_PAGE_BITS}")
-    _check_capabilities(received.enabled_capabilities, frozenset(capabilities))
+        return f"target page bits {received.target_page_bits} received, this machine has {TARGET_PAGE_BITS}", ""
     if received.uuid is not None and uuid is not None and received.uuid != uuid:
-        _differ(f"UUID {received.uuid.hex()} received, this machine has {uuid.hex()}")
+        there, here = UUID(bytes=received.uuid), UUID(bytes=uuid)
+        return f"UUID {there} received, this machine has {here}", remedies.for_uuid(str(there))
+    return _difference_in_capabilities(received.enabled_capabilities, capabilities)
 
 
-def _check_capabilities(received: Sequence[str], local: frozenset[str]) -> None:
+def _difference_in_capabilities(received: Sequence[str], local: frozenset[str]) -> Difference | None:
     for name in received:
         if name not in _KNOWN_CAPABILITIES:
-            _differ(f"unknown capability {name!r} received")
+            return f"unknown capability {name!r} received", remedies.for_capability(name, on_here=False)
     for name in VALIDATED_CAPABILITIES:
         if (name in received) != (name in local):
             there, here = ("on", "off") if name in received else ("off", "on")
-            _differ(f"capability {name!r} is {there} on the source and {here} here, expected the same")
-
-
-def _differ(finding: str) -> NoReturn:
-    raise StreamError(f"configuration: {finding}", section="configuration")
+            found = f"capability {name!r} is {there} at the source and {here} here, expected the same"
+            return found, remedies.for_capability(name, on_here=name in local)
+    return None
 
 
 # -- section headers and footers (stream.md §3)
@@ -232,19 +258,21 @@ def encode_section_footer(section_id: int) -> bytes:
     return struct.pack(">BI", SectionType.QEMU_VM_SECTION_FOOTER, section_id)
 
 
-def read_section_footer(reader: Reader, section_id: int, idstr: str) -> None:
+def read_section_footer(reader: Reader, section_id: int, idstr: str, *, is_certain_end: bool = False) -> None:
     """Read the footer of the section *idstr*; StreamError unless it carries the id of its header.
 
-    A footer that is not there means that the payload was longer or shorter than its loader believed.
+    A footer that is not there means that the payload was longer or shorter than its loader believed; or, when the
+    payload tells its own end (*is_certain_end*), that the source writes none.
     """
     offset = reader.offset
     marker = reader.read_u8(f"the footer of section {idstr!r}")
     if marker != SectionType.QEMU_VM_SECTION_FOOTER:
         raise StreamError(
-            f"section {idstr!r}: {marker:#04x} found at offset {offset:#x}, "
+            f"section {idstr!r} at offset {offset:#x}: {marker:#04x} found, "
             f"expected its footer ({SectionType.QEMU_VM_SECTION_FOOTER:#04x})",
             offset=offset,
             section=idstr,
+            remedy=remedies.for_property("send-section-footer", on_here=True) if is_certain_end else "",
         )
     found = reader.read_be32(f"the footer of section {idstr!r}")
     if found != section_id:
@@ -338,14 +366,12 @@ class SectionTable(Generic[Owner]):
         """
         entry = next((one for one in self._entries if one.matches(header)), None)
         if entry is None:
-            self._refuse(self._unknown(header), header, offset)
-        if not entry.minimum_version_id <= header.version_id <= entry.version_id:
-            self._refuse(
-                f"version {header.version_id} received, this machine takes "
-                f"{entry.minimum_version_id} to {entry.version_id}",
-                header,
-                offset,
-            )
+            remedy = remedies.for_section(header.idstr, header.instance_id)
+            self._refuse(self._unknown(header), header, offset, remedy)
+        oldest, newest = entry.minimum_version_id, entry.version_id
+        if not oldest <= header.version_id <= newest:
+            finding = f"version {header.version_id} received, this machine takes {oldest} to {newest}"
+            self._refuse(finding, header, offset, remedies.for_version(header.version_id, newest))
         bound = BoundSection(header.section_id, header.version_id, entry)
         self._bound[header.section_id] = bound
         return bound
@@ -355,17 +381,26 @@ class SectionTable(Generic[Owner]):
         bound = self._bound.get(section_id)
         if bound is None:
             known = ", ".join(str(one) for one in sorted(self._bound)) or "none"
-            raise StreamError(f"section id {section_id} was never started; ids so far: {known}", offset=offset)
+            place = f"section id {section_id}" + ("" if offset is None else f" at offset {offset:#x}")
+            raise StreamError(f"{place} was never started, ids so far: {known}", offset=offset)
         return bound
 
     def _unknown(self, header: SectionHeader) -> str:
         here = sorted(one.instance_id for one in self._entries if one.idstr == header.idstr)
         if not here:
-            return "this machine has no section of that name"
-        *others, last = map(str, here)
-        numbers = f"s {', '.join(others)} and {last}" if others else f" {last}"
-        return f"this machine has {header.idstr} instance{numbers}"
+            return f"this machine has no section of that name, it has {_in_words(self._names())}"
+        numbers = _in_words([str(one) for one in here])
+        return f"this machine has {header.idstr} instance{'s' if len(here) > 1 else ''} {numbers}"
 
-    def _refuse(self, finding: str, header: SectionHeader, offset: int | None) -> NoReturn:
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(repr(one.idstr) for one in self._entries))
+
+    def _refuse(self, finding: str, header: SectionHeader, offset: int | None, remedy: object) -> NoReturn:
         place = f"section {header.idstr!r} instance {header.instance_id}"
-        raise StreamError(f"{place}: {finding}", offset=offset, section=header.idstr)
+        place += "" if offset is None else f" at offset {offset:#x}"
+        raise StreamError(f"{place}: {finding}", offset=offset, section=header.idstr, remedy=remedy)
+
+
+def _in_words(several: Sequence[str]) -> str:
+    *others, last = several or ("nothing",)
+    return f"{', '.join(others)} and {last}" if others else last

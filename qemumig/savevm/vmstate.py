@@ -27,6 +27,7 @@ from typing import Any
 
 from ..errors import MachineError, StreamError
 from ..wire.format import SectionType
+from . import remedies
 from .fields import Description, Field, get_member, ordinal_names, set_member
 from .place import Loading, Saving
 from .reader import Reader, counted_string
@@ -188,7 +189,8 @@ class VMState:
         while name := self._peek_subsection_name(loading.reader):
             subsection = next((one for one in self.subsections if one.vmstate.name.encode() == name), None)
             if subsection is None:
-                loading.refuse(f"unknown subsection {name.decode(errors='replace')!r} of {self.name!r}")
+                text = name.decode(errors="backslashreplace")
+                loading.refuse(f"unknown subsection {text!r} of {self.name!r}", remedy=remedies.for_subsection(text))
             loading.reader.read(2 + len(name))
             subsection.load(loading, record, local[subsection.attr])
 

@@ -19,6 +19,7 @@ Fields    set before start: machine, options, address · under the lock: _cancel
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -39,11 +40,12 @@ from ..threads import start_thread
 from ..wire.format import SectionType
 from ..wire.stream import OutputStream
 from .convergence import DirtyRate, Pacer, SwitchoverRule
-from .return_path import ReturnPath, Verdict
+from .return_path import ITS_WORDS, ReturnPath, Verdict
 
 PING_OPENED = 1  # the first one, as QEMU numbers it
 PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
 RAM_SECTION_ID = 1  # the devices' follow
+HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # how a destination that refuses looks to who still writes
 LAST_WORD_S = 0.2  # for what the destination said before it closed the connection
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
 
@@ -335,13 +337,16 @@ class Attempt:
         self._states.advance_from_any(MigrationStatus.FAILED)
 
     def _with_reason(self, error: MigrationError | None) -> MigrationError | None:
-        """A connection that broke because the destination refused the stream: say that, too."""
+        """A connection that broke, most often because the destination refused the stream: say that, too."""
         path = self._return_path
-        if not isinstance(error, ChannelError) or path is None or not path.wait(LAST_WORD_S):
+        if not isinstance(error, ChannelError) or error.errno not in HUNG_UP:
             return error
-        if path.verdict is Verdict.REFUSED and path.error is not None and path.error is not error:
-            return ChannelError(f"{error}; {path.error}", channel=error.channel, errno=error.errno)
-        return error
+        reason = f"the other end closed the connection: {ITS_WORDS}"
+        if path is not None and path.wait(LAST_WORD_S) and path.error is not None:
+            if path.error is error:
+                return error
+            reason = str(path.error) if path.verdict is Verdict.REFUSED else reason
+        return ChannelError(f"{error}; {reason}", channel=error.channel, errno=error.errno)
 
     def _resume_guest(self) -> None:
         if self._noted_runstate is None or self.machine.runstate is not RunState.FINISH_MIGRATE:

@@ -18,6 +18,9 @@ from ..savevm import commands
 from ..threads import start_thread
 from ..wire.stream import InputStream
 
+ITS_WORDS = "its own message says why"
+"""What this side cannot know: a refusal travels without its reason (stream.md §10)."""
+
 
 class Verdict(enum.Enum):
     """How the return path ended."""
@@ -69,7 +72,7 @@ class ReturnPath:
         except StreamError as error:
             self._end(Verdict.UNKNOWN, error)
         except ChannelError as error:
-            text = f"the connection broke before the destination had said that it has the guest: {error}"
+            text = f"the connection broke before the destination had said that it has the guest ({error}): {ITS_WORDS}"
             self._end(Verdict.UNKNOWN, ChannelError(text, channel=error.channel, errno=error.errno))
 
     def _end(self, verdict: Verdict, error: MigrationError | None) -> None:
@@ -79,7 +82,7 @@ class ReturnPath:
 
     def _read_message(self) -> None:
         if not self._stream.peek(1):
-            text = "the destination closed the connection before it had loaded the stream"
+            text = f"the destination closed the connection before it had loaded the stream: {ITS_WORDS}"
             self._end(Verdict.REFUSED, StreamError(text))
             return
         message = commands.read_return_message(self._stream)
@@ -97,4 +100,5 @@ class ReturnPath:
         if status == 0:
             self._end(Verdict.TAKEN, None)
         else:
-            self._end(Verdict.REFUSED, StreamError(f"Sibling indicated error {status}"))
+            text = f"Sibling indicated error {status}: the destination has refused the guest, {ITS_WORDS}"
+            self._end(Verdict.REFUSED, StreamError(text))

@@ -32,7 +32,7 @@ from typing import Any
 
 from . import as_json, memory, table
 from .diff import compare
-from .machines import MACHINES, Fit, fit
+from .machines import MACHINES, fit
 from .model import Stream
 from .progress import ProgressBar
 from .reading import read_stream
@@ -160,14 +160,5 @@ def _diff(args: argparse.Namespace, *sides: tuple[Recording, Stream]) -> int:
 
 def _fit(args: argparse.Namespace, stream: Stream) -> int:
     found = fit(stream, MACHINES[args.machine])
-    _print(args, {**found.as_json(), "problems": _problems(stream)}, [*_fit_lines(found), *table.problem_lines(stream)])
+    _print(args, {**found.as_json(), "problems": _problems(stream)}, [*found.lines(), *table.problem_lines(stream)])
     return 0 if found.fits and not stream.problems else 1
-
-
-def _fit_lines(found: Fit) -> list[str]:
-    if found.fits:
-        return [f"{found.machine} takes it: machine name, every section and every RAM block are known"]
-    lines = [f"{found.machine} does not take it:"]
-    for lack in found.lacks:
-        lines += [f"  {lack.what}: {lack.why}", f"      {lack.advice}"]
-    return lines

@@ -157,7 +157,7 @@ class _Walk:
                 self._read_section(reader, place, kind, packaged)
             else:
                 raise StreamError(
-                    f"offset {place:#x}: {kind:#04x} found, expected a section (0x01 to 0x04), "
+                    f"section at offset {place:#x}: type {kind:#04x} found, expected a section (0x01 to 0x04), "
                     f"a command (0x08) or the end mark (0x00)",
                     offset=place,
                 )
@@ -214,7 +214,7 @@ class _Walk:
         if begun is None:
             known_ids = ", ".join(map(str, sorted(self._bound))) or "none"
             raise StreamError(
-                f"offset {place:#x}: section id {header.section_id} was never started; ids so far: {known_ids}",
+                f"section id {header.section_id} at offset {place:#x} was never started, ids so far: {known_ids}",
                 offset=place,
             )
         section = Section(

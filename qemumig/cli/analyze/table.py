@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from .model import Block, CommandElement, Section, Stream
@@ -33,7 +34,9 @@ def title(name: str, stream: Stream) -> str:
 def problem_lines(stream: Stream) -> Iterator[str]:
     """Where the recording does not make sense."""
     for problem in stream.problems:
-        yield f"problem at offset {problem.offset:#x}: {printable(problem.message)}"
+        place = f"{problem.offset:#x}"
+        told = re.search(rf"\b{place}\b", problem.message)
+        yield f"problem{'' if told else f' at offset {place}'}: {printable(problem.message)}"
 
 
 def grid(rows: Sequence[Sequence[str]], left: Sequence[int]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import pytest
 from kvm.config import MachineConfig
 from kvm.machine import MicroVM
 from qemumig.cli.analyze.machines import MICROVM as MODEL
+from qemumig.options import CAPABILITIES
 from tests.qemumig.cli.recordings import (
     MICROVM,
     RealQemu,
@@ -243,27 +244,90 @@ def test_pages_that_differ_are_given_as_runs(directory: Path, capsys: pytest.Cap
 # -- would our machine take it
 
 
-def test_plain_microvm_fits(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FIRMWARE = "  RAM block pc.bios: start it with -bios IMAGE of 65536 bytes (the image that the source has)\n"
+
+
+def test_plain_microvm_fits_with_its_memory_and_its_processors(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = analyze(capsys, "--for", "microvm", stored(directory, unpacked("microvm/q100-2cpu-checks.mig")))
-    assert (status, out) == (0, "microvm takes it: machine name, every section and every RAM block are known\n")
+    memory = "  RAM block microvm.ram: start it with -m 32M\n"
+    assert (status, out) == (0, f"microvm takes it:\n  2 vCPUs: start it with -smp 2\n{memory}{FIRMWARE}")
 
 
-def test_what_our_machine_lacks_is_listed_with_a_remedy(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = as_json(capsys, "--for", "microvm", stored(directory, unpacked("microvm/q100-acpi.mig")))
-    assert (status, found["fits"]) == (1, False)
-    lacks = {one["what"]: one["advice"] for one in found["lacks"]}
-    assert list(lacks) == [
-        "section ioapic instance 1",
-        "section acpi-ged instance 0",
-        *(f"RAM block /rom@etc/{name}" for name in ("acpi/tables", "table-loader", "acpi/rsdp")),
-    ]
-    assert all("acpi=off" in one for one in lacks.values())
+def _needs(found: dict[str, Any]) -> dict[str, str]:
+    """What the machine is to be started with, but for memory and firmware, which every recording has."""
+    plain = ("RAM block microvm.ram", "RAM block pc.bios")
+    return {one["what"]: one["options"] for one in found["needs"] if one["what"] not in plain}
+
+
+NEEDS = {
+    "q100-acpi": {
+        "section ioapic instance 1": "-M acpi=on,ioapic2=on",
+        "section acpi-ged instance 0": "-M acpi=on",
+        **{f"RAM block /rom@etc/{name}": "-M acpi=on" for name in ("acpi/tables", "table-loader", "acpi/rsdp")},
+    },
+    "q72-legacy-devices": {
+        "section i8259 instance 0": "-M pic=on",
+        "section i8259 instance 1": "-M pic=on",
+        "section mc146818rtc instance 0": "-M rtc=on",
+        "section i8254 instance 0": "-M pit=on",
+    },
+    "q100-blk-modern": {
+        "section virtio-mmio@00000000feb00000/virtio-blk instance 0": "-blockdev driver=file,node-name=disk0,"
+        "filename=IMAGE -device virtio-blk-device,drive=disk0,bus=virtio-mmio-bus.0"
+    },
+    "q72-backend-named": {"RAM block mem0": "-m 32M -object memory-backend-ram,id=mem0,size=32M -M memory-backend=mem0"},
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_the_plain_machine_lacks_is_listed_with_the_option_that_adds_it(
+    name: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = as_json(capsys, "--for", "microvm", stored(directory, unpacked(f"microvm/{name}.mig")))
+    assert (status, found["fits"], found["lacks"]) == (0, True, [])
+    assert _needs(found) == NEEDS[name]
+
+
+def test_every_recording_of_a_microvm_fits_but_those_of_capabilities_that_are_not_built(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = any(one.name == "x-ignore-shared" and one.built for one in CAPABILITIES)
+    for name in MICROVM:
+        status, found = as_json(capsys, "--for", "microvm", stored(directory, unpacked(f"microvm/{name}.mig")))
+        lacks = [one["what"] for one in found["lacks"]]
+        assert lacks == (["capability x-ignore-shared"] if "ignore-shared" in name and not built else []), name
+        assert status == bool(lacks)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("q100-xbzrle", "xbzrle"), ("q72-compress-xbzrle", "compress")])
+def test_pages_of_a_capability_that_is_not_built_are_named(
+    name: str, capability: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, found = as_json(capsys, "--for", "microvm", stored(directory, unpacked(f"ram/{name}.mig")))
+    built = any(one.name == capability and one.built for one in CAPABILITIES)
+    advice = [one["advice"] for one in found["lacks"] if one["what"] == f"capability {capability}"]
+    assert advice == ([] if built else [f"say 'migrate_set_capability {capability} off' at the source"])
 
 
 def test_another_machine_is_refused_with_both_names(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = analyze(capsys, "--for", "microvm", stored(directory, unpacked("ram/q100-precopy.mig")))
     assert status == 1
     assert "the recording is of isapc, this machine is microvm" in out
+    assert "give it to a QEMU started with -M isapc, or start it anew with -M microvm" in out
+    (no_such,) = [line for line in out.splitlines() if line.endswith("microvm has no such section")]
+    assert "section dma instance 0, section dma instance 1" in no_such
+
+
+def test_a_subsection_that_is_not_known_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = unpacked("microvm/q100-1cpu.mig")
+    described = data.replace(b"cpu/tsc_khz", b"cpu/hal9000")  # in the section and in its description
+    assert described.count(b"cpu/hal9000") == 2
+    status, found = as_json(capsys, "--for", "microvm", stored(directory, described))
+    assert (status, found["problems"]) == (1, [])
+    (lack,) = found["lacks"]
+    assert lack["what"] == "section cpu instance 0"
+    assert lack["why"] == "microvm does not know its subsection cpu/hal9000"
+    assert "-cpu qemu64,pni=off" in lack["advice"]
 
 
 @pytest.mark.needs("kvm")
@@ -274,7 +338,9 @@ def test_the_list_has_what_the_machine_has(directory: Path) -> None:
         names = [one.idstr for one in machine.sections()] + ["globalstate"]
         for name in names:
             assert [one.idstr for one in MODEL.sections if re.fullmatch(one.idstr, name)], name
-        assert {one.idstr for one in machine.ram_blocks} == set(MODEL.blocks)
+        blocks = [one.idstr for one in machine.ram_blocks]
+        assert set(MODEL.blocks) <= set(blocks)
+        assert all(one in MODEL.blocks or re.fullmatch(MODEL.optional_blocks, one) for one in blocks)
         assert machine.machine_type == MODEL.machine_type
     finally:
         machine.close()

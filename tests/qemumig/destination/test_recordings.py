@@ -96,5 +96,5 @@ def test_memory_and_devices_come_out_as_decoded(name: str) -> None:
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_capability_that_is_off_here_is_named(name: str) -> None:
-    with pytest.raises(StreamError, match="capability 'x-ignore-shared' is on on the source and off here"):
+    with pytest.raises(StreamError, match="capability 'x-ignore-shared' is on at the source and off here"):
         load(name)

@@ -95,30 +95,36 @@ def test_a_command_of_another_length_is_refused(command: c.Command, data: str) -
         if wrong < 0:
             continue
         lie = struct.pack(">HH", number, wrong) + (bytes.fromhex(data)[4:] + bytes(2))[:wrong]
-        with pytest.raises(StreamError, match=r"^offset 0x[0-9a-f]+: |ends inside"):
+        with pytest.raises(StreamError, match=r"^MIG_[A-Z_]+ at offset 0x[0-9a-f]+: |ends inside"):
             c.read_command(BytesReader(lie))
 
 
 @pytest.mark.parametrize(
     ("data", "finding"),
     [
-        ("0000 0000", "unknown command 0x0 with a payload of 0 bytes"),
-        ("000c 0000", "unknown command 0xc"),
-        ("ffff ffff", "unknown command 0xffff with a payload of 65535 bytes"),
-        ("0001 0001 00", "MIG_CMD_OPEN_RETURN_PATH has a payload of 1 bytes, expected 0"),
-        ("0002 0000", "MIG_CMD_PING has a payload of 0 bytes, expected 4"),
-        ("0003 0008 0000000000000000", "MIG_CMD_POSTCOPY_ADVISE has a payload of 8 bytes, expected 0 or 16"),
-        ("0007 0004 ffffffff", "a package of 4294967295 bytes announced, expected at most 268435456"),
+        ("0000 0000", "command at offset 0x0: unknown number 0x0, with a payload of 0 bytes"),
+        ("000c 0000", "unknown number 0xc, .*; the source is of a later version"),
+        ("ffff ffff", "command at offset 0x0: unknown number 0xffff, with a payload of 65535 bytes"),
+        ("0001 0001 00", "MIG_CMD_OPEN_RETURN_PATH at offset 0x0: a payload of 1 bytes, expected 0"),
+        ("0002 0000", "MIG_CMD_PING at offset 0x0: a payload of 0 bytes, expected 4"),
+        ("0003 0008 0000000000000000", "MIG_CMD_POSTCOPY_ADVISE at offset 0x0: a payload of 8 bytes, expected 0 or 16"),
+        ("0007 0004 ffffffff", "MIG_CMD_PACKAGED at offset 0x4: 4294967295 bytes announced, expected at most 268435456"),
         ("0006 0013 00 03 72616d 00" + "00" * 13, "ranges of 13 bytes, expected a positive multiple of 16"),
         ("0006 0006 00 03 72616d 00", "ranges of 0 bytes, expected a positive multiple of 16"),
-        ("0006 0016 01 03 72616d 00" + "00" * 16, "offset 0x4: MIG_CMD_POSTCOPY_RAM_DISCARD has version 1, expected 0"),
-        ("0006 0016 00 03 72616d 01" + "00" * 16, "offset 0x9: .* 0x01 behind the name 'ram', expected 0x00"),
-        ("0006 0016 00 00 00 00 0000" + "00" * 16, "has an empty block name"),
+        (
+            "0006 0016 01 03 72616d 00" + "00" * 16,
+            "RAM_DISCARD at offset 0x4: version 1 found, expected 0",
+        ),
+        (
+            "0006 0016 00 03 72616d 01" + "00" * 16,
+            "RAM_DISCARD at offset 0x9: 0x01 behind the name 'ram'",
+        ),
+        ("0006 0016 00 00 00 00 0000" + "00" * 16, "an empty block name, expected at least one letter"),
         ("0006 0016 00 ff 72616d 00" + "00" * 16, "ends inside MIG_CMD_POSTCOPY_RAM_DISCARD"),
         ("0006 0016 00 03 72616d 00" + "ff" * 16, "ends beyond 64 bits"),
         ("0006 0000", "ends inside MIG_CMD_POSTCOPY_RAM_DISCARD"),
-        ("000a 0001 00", "MIG_CMD_RECV_BITMAP has an empty block name"),
-        ("000a 0005 03 72616d 00", "MIG_CMD_RECV_BITMAP has 1 bytes more than expected"),
+        ("000a 0001 00", r"MIG_CMD_RECV_BITMAP at offset 0x\w+: an empty block name"),
+        ("000a 0005 03 72616d 00", r"MIG_CMD_RECV_BITMAP at offset 0x\w+: the payload has 1 bytes more than expected"),
         ("000a 0003 03 7261", "ends inside MIG_CMD_RECV_BITMAP"),
         ("000a 0002 01 ff", "expected UTF-8 text"),
         ("000a 0000", "ends inside MIG_CMD_RECV_BITMAP"),
@@ -132,23 +138,23 @@ def test_a_hostile_command_is_refused(data: str, finding: str) -> None:
 @pytest.mark.parametrize(
     ("data", "finding"),
     [
-        ("0000 0000", "unknown return path message 0x0"),
-        ("0008 0000", "unknown return path message 0x8"),
-        ("0001 0000", "MIG_RP_MSG_SHUT has a payload of 0 bytes, expected 4"),
-        ("0002 0005 0000000000", "MIG_RP_MSG_PONG has a payload of 5 bytes, expected 4"),
-        ("0003 0201", "MIG_RP_MSG_REQ_PAGES_ID has a payload of 513 bytes, expected at most 512"),
-        ("0003 000d" + "00" * 13, "MIG_RP_MSG_REQ_PAGES_ID has an empty block name"),
+        ("0000 0000", "return path message at offset 0x0: unknown number 0x0"),
+        ("0008 0000", "return path message at offset 0x0: unknown number 0x8"),
+        ("0001 0000", "MIG_RP_MSG_SHUT at offset 0x0: a payload of 0 bytes, expected 4"),
+        ("0002 0005 0000000000", "MIG_RP_MSG_PONG at offset 0x0: a payload of 5 bytes, expected 4"),
+        ("0003 0201", "MIG_RP_MSG_REQ_PAGES_ID at offset 0x0: a payload of 513 bytes, expected at most 512"),
+        ("0003 000d" + "00" * 13, r"MIG_RP_MSG_REQ_PAGES_ID at offset 0x\w+: an empty block name"),
         ("0003 0011" + "00" * 12 + "03 72616d 00", "has 1 bytes more than expected"),
         ("0003 0005 0000000000", "ends inside MIG_RP_MSG_REQ_PAGES_ID"),
-        ("0004 000d" + "00" * 13, "MIG_RP_MSG_REQ_PAGES has a payload of 13 bytes, expected 12"),
+        ("0004 000d" + "00" * 13, "MIG_RP_MSG_REQ_PAGES at offset 0x0: a payload of 13 bytes, expected 12"),
         ("0004 000c" + "ff" * 12, "ends beyond 64 bits"),
-        ("0005 0001 00", "MIG_RP_MSG_RECV_BITMAP has an empty block name"),
-        ("0005 0004 03 626164", "a bitmap of block 'bad' received, which this machine does not have"),
-        ("0005 0004 03 72616d 0000000000000009", "the bitmap of block 'ram' has 9 bytes, expected 8"),
-        ("0005 0004 03 72616d ffffffffffffffff", "has 18446744073709551615 bytes, expected 8"),
-        (f"0005 0004 03 72616d 0000000000000008 {'00' * 16}", "0x0 behind the bitmap of block 'ram'"),
-        ("0006 0004 00000000", "MIG_RP_MSG_RESUME_ACK has value 0, expected 1"),
-        ("0007 0001 00", "MIG_RP_MSG_SWITCHOVER_ACK has a payload of 1 bytes, expected 0"),
+        ("0005 0001 00", r"MIG_RP_MSG_RECV_BITMAP at offset 0x\w+: an empty block name"),
+        ("0005 0004 03 626164", "bitmap at offset 0x8: of block 'bad', which this machine does not have"),
+        ("0005 0004 03 72616d 0000000000000009", "bitmap at offset 0x8: of block 'ram' with 9 bytes, expected 8"),
+        ("0005 0004 03 72616d ffffffffffffffff", "with 18446744073709551615 bytes, expected 8"),
+        (f"0005 0004 03 72616d 0000000000000008 {'00' * 16}", "0x0 behind that of block 'ram'"),
+        ("0006 0004 00000000", "MIG_RP_MSG_RESUME_ACK at offset 0x4: value 0 found, expected 1"),
+        ("0007 0001 00", "MIG_RP_MSG_SWITCHOVER_ACK at offset 0x0: a payload of 1 bytes, expected 0"),
     ],
 )
 def test_a_hostile_message_is_refused(data: str, finding: str) -> None:
@@ -157,7 +163,7 @@ def test_a_hostile_message_is_refused(data: str, finding: str) -> None:
 
 
 def test_a_bitmap_nobody_asked_for_is_refused() -> None:
-    with pytest.raises(StreamError, match="a bitmap of block 'ram' received, expected none"):
+    with pytest.raises(StreamError, match="bitmap at offset 0x8: of block 'ram', expected none"):
         c.read_return_message(BytesReader(bytes.fromhex("0005 0004 03 72616d 0000000000000008")))
 
 

@@ -26,9 +26,9 @@ def test_the_file_header_is_eight_known_bytes() -> None:
 @pytest.mark.parametrize(
     ("data", "finding"),
     [
-        ("5145564e00000003", r"offset 0x0: file header: magic 0x5145564e found, expected 0x5145564d"),
-        ("5145564d00000002", r"offset 0x4: file header: version 2 is obsolete"),
-        ("5145564d00000004", r"offset 0x4: file header: version 4 found, expected 3"),
+        ("5145564e00000003", r"file header at offset 0x0: magic 0x5145564e found, expected 0x5145564d"),
+        ("5145564d00000002", r"file header at offset 0x4: version 2 is obsolete"),
+        ("5145564d00000004", r"file header at offset 0x4: version 4 found, expected 3"),
         ("5145564d000000", r"ends inside the file header"),
         ("", r"ends inside the file header"),
     ],
@@ -73,7 +73,12 @@ def test_the_configuration_is_described_as_qemu_does() -> None:
 @pytest.mark.parametrize(
     ("data", "finding"),
     [
-        (b"\x01", r"0x01 found, expected the configuration \(0x07\)"),
+        (
+            b"\x01",
+            r"configuration at offset 0x0: 0x01 found, expected its marker \(0x07\); "
+            r"start the destination with -global migration\.send-configuration=off",
+        ),
+        (b"\x42", r"configuration at offset 0x0: 0x42 found, expected its marker \(0x07\)$"),
         (b"", "ends inside the configuration marker"),
         (b"\x07\xff\xff\xff\xff", "length is 4294967295, expected at most 256"),
         (b"\x07\x00\x00\x00\x04non", "ends inside"),
@@ -122,8 +127,16 @@ def test_a_known_capability_that_is_not_validated_is_ignored() -> None:
         (Configuration.of(""), {}, "machine type '' received"),
         (Configuration(b"microvm", 7, target_page_bits=13), {}, "target page bits 13 received, this machine has 12"),
         (_announcing("x-no-such-thing"), {}, "unknown capability 'x-no-such-thing' received"),
-        (_announcing("x-ignore-shared"), {}, "'x-ignore-shared' is on on the source and off here"),
-        (Configuration.of("microvm"), {"capabilities": {"mapped-ram"}}, "'mapped-ram' is off on the source and on here"),
+        (
+            _announcing("x-ignore-shared"),
+            {},
+            "'x-ignore-shared' is on at the source and off here, .*off' at the source$",
+        ),
+        (
+            Configuration.of("microvm"),
+            {"capabilities": {"mapped-ram"}},
+            "'mapped-ram' is off at the source and on here, .*ram off' at the destination$",
+        ),
         (Configuration.of("microvm", uuid=UUID), {"uuid": UUID[::-1]}, "UUID 00112233.* received, this machine has ffee"),
     ],
 )
@@ -182,7 +195,7 @@ def test_footers_carry_the_id_of_the_header() -> None:
 @pytest.mark.parametrize(
     ("data", "finding"),
     [
-        ("00", r"section 'cpu': 0x00 found at offset 0x10, expected its footer \(0x7e\)"),
+        ("00", r"section 'cpu' at offset 0x10: 0x00 found, expected its footer \(0x7e\)"),
         ("7e00000006", r"section 'cpu': footer at offset 0x10 has id 6, expected 5"),
         ("7e0000", "ends inside the footer of section 'cpu'"),
         ("", "ends inside the footer of section 'cpu'"),
@@ -260,12 +273,16 @@ def test_an_older_identity_is_recognised() -> None:
 @pytest.mark.parametrize(
     ("header", "finding"),
     [
-        (_full(1, "cpu", 3, 12), "section 'cpu' instance 3: this machine has cpu instances 0, 1 and 2"),
-        (_full(1, "timer", 1, 2), "section 'timer' instance 1: this machine has timer instance 0"),
-        (_full(1, "vga", 0, 1), "section 'vga' instance 0: this machine has no section of that name"),
-        (_full(1, "cpu", 0, 13), "section 'cpu' instance 0: version 13 received, this machine takes 11 to 12"),
-        (_full(1, "cpu", 0, 10), "section 'cpu' instance 0: version 10 received, this machine takes 11 to 12"),
-        (_full(1, "ram", 0, 3), "section 'ram' instance 0: version 3 received, this machine takes 4 to 4"),
+        (_full(1, "cpu", 3, 12), "'cpu' instance 3 at offset 0x63: this machine has cpu instances 0, 1 and 2; .* -smp 4"),
+        (_full(1, "timer", 1, 2), "'timer' instance 1 at offset 0x63: this machine has timer instance 0; no option"),
+        (
+            _full(1, "vga", 0, 1),
+            "'vga' instance 0 at offset 0x63: this machine has no section of that name, "
+            "it has 'ram', 'cpu', 'timer' and 'slot0/virtio-blk'; no option",
+        ),
+        (_full(1, "cpu", 0, 13), "'cpu' instance 0 at offset 0x63: version 13 received, .* takes 11 to 12; .* a later"),
+        (_full(1, "cpu", 0, 10), "'cpu' instance 0 at offset 0x63: version 10 received, .* takes 11 to 12; .* an earlier"),
+        (_full(1, "ram", 0, 3), "'ram' instance 0 at offset 0x63: version 3 received, this machine takes 4 to 4"),
     ],
 )
 def test_a_section_nobody_here_takes_is_refused_in_the_words_of_both_sides(header: SectionHeader, finding: str) -> None:
@@ -276,9 +293,9 @@ def test_a_section_nobody_here_takes_is_refused_in_the_words_of_both_sides(heade
 
 def test_an_id_that_was_never_started_is_refused() -> None:
     table = _table()
-    with pytest.raises(StreamError, match="section id 0 was never started; ids so far: none"):
+    with pytest.raises(StreamError, match="section id 0 was never started, ids so far: none"):
         table.lookup(0)
     table.bind(_full(3, "timer", 0, 2))
     table.bind(_full(1, "cpu", 0, 12))
-    with pytest.raises(StreamError, match="section id 2 was never started; ids so far: 1, 3"):
+    with pytest.raises(StreamError, match="section id 2 was never started, ids so far: 1, 3"):
         table.lookup(2)

@@ -9,7 +9,7 @@ import pytest
 
 from qemumig.errors import StreamError
 from qemumig.savevm.devices import cpu as module
-from qemumig.savevm.devices.cpu import CPU, CpuState, FpReg, NestedState, Segment, derive_hflags
+from qemumig.savevm.devices.cpu import CPU, CpuState, FpReg, NestedState, NestedSvm, NestedVmx, Segment, derive_hflags
 from qemumig.savevm.reader import BytesReader
 
 FIXED_SIZE = 1817
@@ -70,7 +70,17 @@ def filled(attr: str) -> Any:
     hint = next(one for one in get_args(get_type_hints(CpuState, vars(module))[attr]) if one is not type(None))
     if attr in LISTS:
         return list(range(1, LISTS[attr] + 1))
+    if attr == "nested_state":
+        return nested()
     return _fill(hint(), iter(range(2, 100_000))) if is_dataclass(hint) else 2
+
+
+def nested(*, vmx: bool = False) -> NestedState:
+    """The state of a guest that has run guests, but runs none now."""
+    page, other = bytes(range(256)) * 16, bytes(reversed(range(256))) * 16
+    if vmx:
+        return NestedState(0, 0, 128 + 8192, vmx=NestedVmx(2, 3, 4, page, other))
+    return NestedState(0, 1, 128 + 4096, svm=NestedSvm(5, page))
 
 
 def _fill(record: Any, numbers: Any) -> Any:
@@ -121,7 +131,7 @@ SIZES = {  # of the fields, as real QEMUs accepted them
     "tsc_khz": 8,
     "intel_pt": 8 * 13,
     "svn_npt": 12,
-    "nested_state": 8,
+    "nested_state": 8 + 6 + len("cpu/kvm_nested_state/svm") + 8 + 4096,
     "intel_sgx": 32,
     "intel_amx_xtile": 64 + 8192,
     "fred": 72,
@@ -151,6 +161,42 @@ def test_all_subsections_together_keep_their_order() -> None:
     assert _load(data) == cpu
 
 
+VMX = "cpu/kvm_nested_state/vmx"
+NESTED = {  # how QEMU 10.0 and 11.1 describe what they send, names and sizes
+    VMX: [("hdr.vmx.vmxon_pa", 8), ("hdr.vmx.vmcs12_pa", 8), ("hdr.vmx.smm.flags", 2)],
+    f"{VMX}/vmcs12": [("data.vmx[0].vmcs12", 4096)],
+    f"{VMX}/shadow_vmcs12": [("data.vmx[0].shadow_vmcs12", 4096)],
+    "cpu/kvm_nested_state/svm": [("hdr.svm.vmcb_pa", 8), ("data.svm[0].vmcb12", 4096)],
+}
+
+
+def _subsections(state: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """Name → (field, bytes) of every subsection, nested ones too."""
+    found = {}
+    for one in state.get("subsections", ()):
+        found[one["vmsd_name"]] = [(f["name"], f["size"] * f.get("array_len", 1)) for f in one["fields"]]
+        found |= _subsections(one)
+    return found
+
+
+@pytest.mark.parametrize("vmx", [False, True])
+def test_nested_state_is_laid_out_as_real_qemus_have_it(vmx: bool) -> None:
+    cpu = CpuState(nested_state=nested(vmx=vmx))
+    data, description = CPU.save(cpu)
+    (struct_,) = description["subsections"][0]["fields"]
+    expected = {name: fields_ for name, fields_ in NESTED.items() if name.startswith(VMX) == vmx}
+    assert _subsections(struct_["struct"]) == expected
+    assert struct_["size"] == (8329 if vmx else 4142)
+    assert _load(data) == cpu
+
+
+def test_nested_state_without_copies_of_control_structures_is_short() -> None:
+    cpu = CpuState(nested_state=NestedState(0, 0, 128, vmx=NestedVmx(2, 3)))
+    data, _ = CPU.save(cpu)
+    assert len(data) == FIXED_SIZE + 6 + len("cpu/nested_state") + 8 + 6 + len(VMX) + 18
+    assert _load(data) == cpu
+
+
 # -- what a load refuses
 
 
@@ -165,6 +211,13 @@ def test_all_subsections_together_keep_their_order() -> None:
 def test_a_contradictory_cpu_is_refused(lie: dict[str, Any], finding: str) -> None:
     with pytest.raises(StreamError, match=rf"section 'cpu' instance 0 at offset 0x[0-9a-f]+: {finding}"):
         _load(CPU.save(CpuState(**lie))[0])
+
+
+def test_a_guest_with_a_xen_vcpu_is_refused_by_name() -> None:
+    """97 bytes in QEMU 10.0 and 11.1, which have it for `pc` alone and do not let such a guest go."""
+    data = CPU.save(CpuState())[0] + b"\x05\x0ccpu/xen_vcpu\0\0\0\1" + bytes(97)
+    with pytest.raises(StreamError, match="unknown subsection 'cpu/xen_vcpu' of 'cpu'; the guest has a Xen vCPU"):
+        CPU.load(BytesReader(data), 12)
 
 
 @pytest.mark.parametrize("version", [0, 10, 13])

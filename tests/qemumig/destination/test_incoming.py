@@ -1,0 +1,122 @@
+"""A destination that refuses: the same sentence wherever it is told, and nothing left of what was loaded."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemumig.channels.address import Address, FileAddress, InetAddress
+from qemumig.destination.incoming import IncomingMigration
+from qemumig.errors import MachineError
+from qemumig.machine import DeviceSection
+from qemumig.options import MigrationOptions
+from qemumig.qapi import MigrationStatus, RunState
+from qemumig.savevm import sections
+from tests.qemumig.destination.test_loader import RAM_SIZE, frame, section, small_stream
+from tests.support.fake_machine import FakeMachine
+from tests.support.pair import no_fd, wait_for
+
+REFUSED = frame(section("i8254", 0, 3, b""))
+REASON = (
+    "section 'i8254' instance 0 at offset 0x14: this machine has no section of that name, it has 'ram', 'timer', 'fw_cfg', "
+    "'cpu_common', 'cpu', 'kvm-tpr-opt', 'apic', 'ioapic', 'kvmclock', 'serial' and 'globalstate'; "
+    "start the destination with -M pit=on"
+)
+
+
+class Incoming:
+    """One load by *machine* that comes to an end, however."""
+
+    def __init__(self, machine: FakeMachine, *, exit_on_error: bool = False) -> None:
+        self.machine = machine
+        self.last_words: list[str] = []
+        self.migration = IncomingMigration(
+            machine,
+            MigrationOptions(),
+            emit=lambda name, data=None: None,
+            take_fd=no_fd,
+            on_failure=self.last_words.append,
+        )
+        self._exit_on_error = exit_on_error
+
+    def load(self, address: Address, feed: Callable[[int], None] = lambda port: None) -> dict[str, Any]:
+        """What query-migrate says in the end; *feed* is told the port, where there is one."""
+        self.migration.listen(address, exit_on_error=self._exit_on_error)
+        try:
+            for one in self.migration.query().get("socket-address", []):
+                feed(int(one["port"]))
+            ends = (MigrationStatus.COMPLETED, MigrationStatus.FAILED)
+            wait_for(lambda: self.migration.status in ends, "the end of the load")
+            return self.migration.query()
+        finally:
+            self.migration.close()
+
+
+def stored(directory: Path, data: bytes) -> FileAddress:
+    path = directory / "stream"
+    path.write_bytes(data)
+    return FileAddress(str(path))
+
+
+@pytest.mark.parametrize("exit_on_error", [True, False])
+def test_the_reason_is_one_sentence_wherever_it_is_told(
+    exit_on_error: bool, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    incoming = Incoming(FakeMachine(RAM_SIZE, incoming=True), exit_on_error=exit_on_error)
+    report = incoming.load(stored(directory, REFUSED))
+    assert report == {"status": "failed", "error-desc": REASON}
+    told = f"load of migration failed: {REASON}"
+    wait_for(lambda: bool(incoming.last_words) == exit_on_error, "the last words")
+    assert incoming.last_words == ([told] if exit_on_error else [])
+    assert capsys.readouterr().err == ("" if exit_on_error else f"{told}\n")
+    assert incoming.machine.runstate is RunState.INMIGRATE
+
+
+class Picky(FakeMachine):
+    """Takes every section but the state of its CPU."""
+
+    def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
+        raise MachineError("vCPU 0: XCR0 is 0x0, expected 0x1 at least", section="cpu", instance_id=0)
+
+
+def test_state_that_the_machine_refuses_is_told_with_its_place(directory: Path) -> None:
+    report = Incoming(Picky(RAM_SIZE, incoming=True)).load(stored(directory, small_stream()))
+    place, _, rest = report["error-desc"].partition(": ")
+    offset = int(place.removeprefix("section 'cpu' instance 0 at offset "), 16)
+    assert small_stream()[offset + 5 : offset + 9] == b"\3cpu"
+    assert rest.startswith("vCPU 0: XCR0 is 0x0, expected 0x1 at least; both sides need the same -cpu")
+
+
+def told_by_socket(*pieces: bytes) -> str:
+    """What a destination says of a source that sends these and closes the connection."""
+
+    def feed(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as source:
+            for piece in pieces:
+                source.sendall(piece)
+
+    report = Incoming(FakeMachine(RAM_SIZE, incoming=True)).load(InetAddress("127.0.0.1", "0"), feed)
+    assert report["status"] == "failed"
+    return str(report["error-desc"])
+
+
+def test_a_source_that_leaves_before_any_contents_may_have_wanted_more_channels() -> None:
+    start = sections.encode_section_header(
+        sections.SectionHeader(sections.SectionType.QEMU_VM_SECTION_START, 1, "ram", 0, 4)
+    )
+    for stream in (b"", frame(), frame(start)):
+        words = told_by_socket(stream)
+        assert words.startswith("stream ends inside"), words
+        assert words.endswith("has capability 'multifd' on, say 'migrate_set_capability multifd off' there"), words
+
+
+def test_nothing_is_guessed_when_pages_came_or_the_reason_is_plain() -> None:
+    stream = small_stream()
+    page = stream.index(b"a page that is not zero") + 4096
+    for data in (REFUSED, stream[:page], b"QEVM" + struct.pack(">I", 3) + b"\7\0\0\0\2pc"):
+        assert "multifd" not in told_by_socket(data)
