@@ -46,7 +46,7 @@ PING_OPENED = 1  # the first one, as QEMU numbers it
 PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
 RAM_SECTION_ID = 1  # the devices' follow
 HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # how a destination that refuses looks to who still writes
-LAST_WORD_S = 0.2  # for what the destination said before it closed the connection
+LAST_WORD_S = 2.0  # for what the destination said before it closed the connection, which a busy host delivers late
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
 
 UNKNOWN_OUTCOME = (
