@@ -59,6 +59,7 @@ class FrontEnd:
     received: Callable[[bytes, list[int]], None] = _ignore  # owns the descriptors from then on
     connected: Callable[[], None] = _ignore
     disconnected: Callable[[], None] = _ignore
+    lets_go: bool = True  # a client that has closed its end while input is paused may give way to the next one
 
 
 class Output:
@@ -187,7 +188,7 @@ class CharBackend:
             close_descriptors(descriptors)
             receive(data)
 
-        self.attach(FrontEnd(received))
+        self.attach(FrontEnd(received, lets_go=False))
 
     def open(self) -> None:
         """Make files, listen or connect; UsageError says what failed."""
@@ -382,7 +383,10 @@ class StdioBackend(CharBackend):
 
 
 class SocketBackend(CharBackend, abc.ABC):
-    """A stream socket: a server with one client at a time, or a client that connects once."""
+    """A stream socket: a server with one client at a time, or a client that connects once.
+
+    Where the front end lets go, a client that has closed its end while its input is paused gives way to the next one.
+    """
 
     def __init__(self, label: str, server: bool, wait: bool) -> None:
         super().__init__(label)
@@ -390,6 +394,8 @@ class SocketBackend(CharBackend, abc.ABC):
         self._wait = wait
         self._listener: socket.socket | None = None
         self._client: socket.socket | None = None
+        self._farewell: select.epoll | None = None  # readable once the client has closed its end; watched in a pause
+        self._leaving = False  # it has
         self._first_client = asyncio.Event()
 
     @property
@@ -429,11 +435,41 @@ class SocketBackend(CharBackend, abc.ABC):
         if self._wait and self._server:
             await self._first_client.wait()
 
+    def pause(self) -> None:
+        super().pause()
+        if self._client is None or self._loop is None or self._leaving or not self.front_end.lets_go:
+            return
+        if self._farewell is None:
+            self._farewell = select.epoll()
+            self._farewell.register(self._client.fileno(), select.EPOLLRDHUP)
+        self._loop.add_reader(self._farewell.fileno(), self._on_farewell)
+
+    def resume(self) -> None:
+        self._unwatch_farewell()
+        super().resume()
+
+    def _on_farewell(self) -> None:
+        self._unwatch_farewell()
+        self._leaving = True
+        self._watch_listener()
+
+    def _unwatch_farewell(self) -> None:
+        if self._farewell is not None and self._loop is not None:
+            self._loop.remove_reader(self._farewell.fileno())
+
+    def _forget_farewell(self) -> None:
+        self._unwatch_farewell()
+        if self._farewell is not None:
+            self._farewell.close()
+            self._farewell = None
+        self._leaving = False
+
     def drop_client(self) -> None:
         client, self._client = self._client, None
         if client is None:
             return
         self._unwatch_input()
+        self._forget_farewell()
         self._input = -1
         self._paused = False
         self.output.disconnect()
@@ -448,12 +484,14 @@ class SocketBackend(CharBackend, abc.ABC):
                 self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
+        self._forget_farewell()
         if self._client is not None:
             self._client.close()
             self._client = None
 
     def _watch_listener(self) -> None:
-        if self._listener is not None and self._client is None and self._loop is not None:
+        is_free = self._client is None or self._leaving
+        if self._listener is not None and is_free and self._loop is not None:
             self._loop.add_reader(self._listener.fileno(), self._on_connection)
 
     def _on_connection(self) -> None:
@@ -466,6 +504,7 @@ class SocketBackend(CharBackend, abc.ABC):
             self._loop.remove_reader(self._listener.fileno())
             self._loop.call_later(ACCEPT_PAUSE, self._watch_listener)
             return
+        self.drop_client()
         self._loop.remove_reader(self._listener.fileno())
         self._use_client(client)
         self._first_client.set()

@@ -8,7 +8,7 @@ CharDevices holds all of a process by label, opens them in the order of the comm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .chardev import (
     CharBackend,
@@ -144,6 +144,10 @@ class CharDevices:
         self._say = say
         self._daemonize = daemonize
         self._devices: dict[str, CharBackend] = {}
+
+    def __iter__(self) -> Iterator[CharBackend]:
+        """All of them, in the order in which they were made."""
+        return iter(self._devices.values())
 
     def add_device(self, option: str, text: str, label: str, consequence: str = "") -> CharBackend:
         """Make and open what DEV *text* asks for; *consequence* is a second line for its errors.

@@ -11,7 +11,34 @@ if TYPE_CHECKING:
     from .memory import HostMemory
 
 
-VIRTIO_MMIO_SLOTS = 8
+VIRTIO_MMIO_SLOTS = 8  # with one I/O APIC
+_IOAPIC_PINS = 24
+
+
+@dataclass(frozen=True)
+class Chipset:
+    """Which of its optional devices the machine has; without any it is the smallest there is.
+
+    Slots of virtio-mmio lead to the second I/O APIC when there is one, else to lines that ACPI leaves free.
+    """
+
+    acpi: bool = False  # tables, and the generic event device
+    ioapic2: bool = False  # the second I/O APIC, which comes with ACPI only
+    pit: bool = False
+    pic: bool = False
+    rtc: bool = False
+
+    @property
+    def virtio_slots(self) -> int:
+        """How many virtio-mmio slots there are."""
+        return _IOAPIC_PINS if self.ioapic2 else VIRTIO_MMIO_SLOTS
+
+    @property
+    def first_virtio_gsi(self) -> int:
+        """The GSI of slot 0; the other slots follow (machine.md §3)."""
+        if self.ioapic2:
+            return _IOAPIC_PINS
+        return 16 if self.acpi else 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,7 @@ class MachineConfig:
     ram_backend: HostMemory | None = None  # from -object memory-backend-*; None: anonymous memory of ram_size
     ram_idstr: str = "microvm.ram"  # name of the main RAM block on the wire
     kernel_irqchip: str = "split"  # "on" or "split", as on the command line; both run in the kernel here
+    chipset: Chipset = field(default_factory=Chipset)
     isa_serial: bool = True
     serial: CharBackend | None = None  # back end of the serial port
     disks: list[DiskConfig] = field(default_factory=list)

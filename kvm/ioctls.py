@@ -104,6 +104,7 @@ KVM_GET_CLOCK = ior("KVM_GET_CLOCK", 0x7C, structs.kvm_clock_data)
 KVM_GET_PIT2 = ior("KVM_GET_PIT2", 0x9F, structs.kvm_pit_state2)
 KVM_SET_PIT2 = iow("KVM_SET_PIT2", 0xA0, structs.kvm_pit_state2)
 KVM_ENABLE_CAP = iow("KVM_ENABLE_CAP", 0xA3, structs.kvm_enable_cap)
+KVM_SIGNAL_MSI = iow("KVM_SIGNAL_MSI", 0xA5, structs.kvm_msi)
 KVM_CLEAR_DIRTY_LOG = iowr("KVM_CLEAR_DIRTY_LOG", 0xC0, structs.kvm_clear_dirty_log)
 
 # -- of a vCPU -----------------------------------------------------------------------------------------------

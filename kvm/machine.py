@@ -9,8 +9,8 @@
     vCPU thread ─ exit ─▶ port or memory bus ─▶ device
                 └ what stops everybody (reset, failure) ─▶ `vm/control`, for a vCPU cannot wait for itself
 
-A guest that resets itself (a triple fault is this machine's only way) is reset by `vm/control`; when a stop comes first,
-the stop does it, so that a half-reset guest is never saved.
+A guest that resets itself (by a triple fault, or the event device's register) is reset by `vm/control`; when a stop comes
+first, the stop does it, so that a half-reset guest is never saved.
 
 Threads   `stop`, `start`, `reset`, save and load: any thread but a vCPU's, one at a time (the transition lock).  Handling
           an exit never takes that lock, so whoever holds it may wait for vCPUs.  `vm/control` is started and joined here,
@@ -35,7 +35,8 @@ from qemumig.qapi import RunState
 from .boot import load_firmware
 from .config import MachineConfig
 from .cpuid import CpuModel, host_brand
-from .devices.board import Board
+from .devices.blobs import LogWithBlobs
+from .devices.board import Board, BoardEvents
 from .devices.bus import Bus
 from .devices.memory import GuestMemory
 from .devices.processor import Processor
@@ -134,13 +135,15 @@ class MicroVM:
         memory_closer.callback(ram.close)
         self._memory = GuestMemory(self._vm, ram, config.ram_idstr, len(self._firmware))
         memory_closer.callback(self._memory.close)
-        self.ram_blocks = self._memory.blocks
-        self.dirty_log = MachineDirtyLog(log, self._memory.logged_slots)
-        self._memory.report_writes_to(self.dirty_log.mark)
-
-        events = DiskEvents(self._emit, self._stop_for_disk)
+        events = BoardEvents(
+            disks=DiskEvents(self._emit, self._stop_for_disk),
+            power_off=lambda: self.request_shutdown(True, "guest-shutdown"),
+            reset=self._want_guest_reset,
+            failed=lambda error: self._fail("a timer", f"{type(error).__name__}: {error}"),
+        )
         self._board = Board(self._vm, config, self._memory, events, self._warn)
         closers.callback(self._board.close)
+        self._log_ram(log)
         if not config.incoming:
             self._board.claim_disks()
         self._processors = [self._make_processor(index, model, host) for index in range(config.cpus)]
@@ -151,6 +154,17 @@ class MicroVM:
             closers.callback(processor.thread.stop)
         self._control.start()
         closers.callback(self._end_control)
+
+    def _log_ram(self, log: DirtyLog) -> None:
+        """Guest memory and the board's blobs are RAM, and every write of ours to them is seen."""
+        self.ram_blocks = self._memory.blocks
+        self.dirty_log: MachineDirtyLog | LogWithBlobs = MachineDirtyLog(log, self._memory.logged_slots)
+        blobs = self._board.blobs
+        if blobs is not None:
+            self.ram_blocks = sorted((*self._memory.blocks, *blobs.blocks), key=lambda block: -block.max_length)
+            self.dirty_log = LogWithBlobs(self.dirty_log, blobs)
+            blobs.report_writes_to(self.dirty_log.mark)
+        self._memory.report_writes_to(self.dirty_log.mark)
 
     def _make_processor(self, index: int, model: CpuModel, host: HostState) -> Processor:
         return Processor(
@@ -245,6 +259,10 @@ class MicroVM:
         """The machine is to end, by its *guest*'s wish or another's; *reason* as QMP spells it.  Any thread."""
         self._work.put(lambda: self._shut_down(guest, reason))
 
+    def press_power_button(self) -> bool:
+        """Ask the guest to end, as somebody at the machine would; False when there is no ACPI to ask it by.  Any thread."""
+        return self._board.press_power_button()
+
     def _require_next(self, state: RunState) -> None:
         if state is not self._runstate and state not in NEXT.get(self._runstate, ()):
             raise StateError(
@@ -310,17 +328,17 @@ class MicroVM:
         elif isinstance(exit, SystemEventExit) and exit.type == KVM_SYSTEM_EVENT_SHUTDOWN:
             self.request_shutdown(True, "guest-shutdown")
         else:
-            self._fail(processor, f"{_describe(exit)} at RIP {processor.vcpu.get_regs().rip:#x}")
+            self._fail(f"vCPU {processor.index}", f"{_describe(exit)} at RIP {processor.vcpu.get_regs().rip:#x}")
 
     def _on_thread_error(self, processor: Processor, error: BaseException) -> None:
-        self._fail(processor, f"{type(error).__name__}: {error}")
+        self._fail(f"vCPU {processor.index}", f"{type(error).__name__}: {error}")
 
     def _want_guest_reset(self) -> None:
         self._guest_wants_reset = True
         self._work.put(self._reset_for_guest)
 
-    def _fail(self, processor: Processor, what: str) -> None:
-        self._failure = f"vCPU {processor.index}: {what}"
+    def _fail(self, who: str, what: str) -> None:
+        self._failure = f"{who}: {what}"
         self._work.put(self._stop_after_failure)
 
     # -- `vm/control`
@@ -395,7 +413,7 @@ class MicroVM:
             with _kvm_refusals("saving device state"):
                 saved = [(one.section, one.save()) for one in board.first_sections]
                 for processor in self._processors:
-                    common, cpu, apic = processor.save()
+                    common, cpu, apic = processor.save(processor.index == 0 and board.pic_asks)
                     saved += [(processor.common_section, common), (processor.cpu_section, cpu)]
                     if processor.index == 0:
                         saved += [(one.section, one.save()) for one in board.sections_after_first_cpu]
@@ -415,12 +433,16 @@ class MicroVM:
                 with _refusals_of(section):
                     load(record)
             self._memory.not_fresh()
+            if self._board.blobs is not None:
+                self._board.blobs.not_fresh()
 
     def discard_ram(self) -> None:
         """Forget all guest memory that is ours alone: it reads as zeroes again."""
         with self._transition, _kvm_refusals("discarding RAM"):
             self._require_stopped("emptied")
             self._memory.discard()
+            if self._board.blobs is not None:
+                self._board.blobs.discard()
 
     def read_physical(self, address: int, size: int) -> bytes:
         """*size* bytes at guest-physical *address*; where there is no RAM they are zero.  Any thread."""

@@ -16,8 +16,9 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qemumig.commands.command import CommandError
 from qemumig.errors import MigrationError
 from qemumig.threads import workers
 
@@ -30,17 +31,19 @@ from .errors import KvmError
 from .keyval import UsageError
 from .monitor.commands import MachineCommands
 from .monitor.events import EventHub
+from .monitor.fdsets import FdSets
 from .monitor.qmp import QmpMonitor, session_commands, take_fd
 from .monitor.registry import Registry
+from .monitor.yank import Yank
 from .options import Arguments, BackendRequest, HelpRequested, MonitorRequest, block_pairs, parse
 from .process import Background, PidFile
 from .signals import SignalWatcher, describe
 
 if TYPE_CHECKING:
+    from qemumig.commands.command import Command
     from qemumig.commands.qmp import MigrationCommands
 
     from .machine import MicroVM
-    from .memory import HostMemory
 
 SWITCH_INTERVAL_S = 0.0005  # a vCPU that comes out of the guest needs the interpreter lock within a millisecond
 
@@ -84,6 +87,7 @@ class Program:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub = EventHub()
         self._registry = Registry()
+        self._fdsets = FdSets()
         self._devices = CharDevices(diagnostics.say, arguments.daemonize)
         self._monitors: list[QmpMonitor] = []
         self._closers = AsyncExitStack()  # whatever is made on the way up is closed in the opposite order
@@ -122,12 +126,14 @@ class Program:
         if arguments.pidfile is not None:
             self._closers.callback(PidFile(arguments.pidfile).close)
         self._closers.callback(self._devices.close)
+        self._closers.callback(self._fdsets.close)
         for chardev in arguments.chardevs:
             self._devices.add_chardev(chardev)
         for index, monitor in enumerate(arguments.monitors):
             self._add_monitor(index, monitor)
-        machine = self._make_machine(self._machine_config())
-        self._add_commands(machine)
+        config = self._machine_config()
+        machine = self._make_machine(config)
+        self._add_commands(machine, config)
         return machine
 
     def _add_monitor(self, index: int, request: MonitorRequest) -> None:
@@ -182,14 +188,27 @@ class Program:
         config.disks = disks.disks
 
     def _add_memory(self, config: MachineConfig) -> None:
-        for request in self._arguments.backends:
-            memory = make_memory(request)
-            self._closers.callback(memory.close)
-            if request.id == self._arguments.memory_backend:
+        from .user_objects import MemoryBackend, UserObjects, map_memory
+
+        self._objects = UserObjects()
+        self._closers.callback(self._objects.close)
+        requests, wanted = list(self._arguments.backends), self._arguments.memory_backend
+        if wanted is None:
+            wanted = config.ram_idstr
+            requests.append(BackendRequest("memory-backend-ram", wanted, {"size": config.ram_size}))
+        for request in requests:
+            memory = map_memory(request.kind, request.id, request.properties)
+            made = MemoryBackend(request.kind, memory, request.properties)
+            try:
+                self._objects.add(request.id, made)
+            except CommandError as error:
+                made.close()
+                raise UsageError(str(error)) from error
+            if request.id == wanted:
+                made.in_use = True
                 config.ram_backend = memory
                 config.ram_idstr = ram_idstr(request)
-        if config.ram_backend is None:
-            return
+        assert config.ram_backend is not None
         if self._arguments.ram_size not in (0, config.ram_backend.size):
             raise UsageError("Machine memory size does not match the size of the memory backend")
         config.ram_size = config.ram_backend.size
@@ -200,23 +219,54 @@ class Program:
         machine = MicroVM(config, self._hub.emit, self._diagnostics.say)
         self._closers.push_async_callback(asyncio.to_thread, machine.close)
         machine.reboots = self._arguments.reboot
-        if self._arguments.shutdown:
-            machine.on_shutdown = self._on_guest_end
+        self._end_with_guest(machine, self._arguments.shutdown)
         return machine
 
-    def _add_commands(self, machine: MicroVM) -> None:
+    def _end_with_guest(self, machine: MicroVM, ends: bool) -> None:
+        machine.on_shutdown = self._on_guest_end if ends else None
+
+    def _add_commands(self, machine: MicroVM, config: MachineConfig) -> None:
+        from qemumig.commands.types import EVENTS as MIGRATION_EVENTS
+
+        from .monitor.types import EVENTS
+
         control = self._make_migration(machine)
         general = MachineCommands(
             machine,
             self._hub.emit,
             set_autostart=control.set_autostart,
             quit=self._end,
+            end_with_guest=lambda ends: self._end_with_guest(machine, ends),
             name=self._arguments.name,
             uuid=self._arguments.uuid,
         )
         self._closers.push_async_callback(general.close)
-        for commands in (session_commands(self._registry), general.commands(), control.commands()):
+        offers = (session_commands(self._registry), general.commands(), control.commands(), self._fdsets.commands())
+        for commands in (*offers, *self._about_machine(machine, config, control), Yank(self._devices, control).commands()):
             self._registry.add(commands)
+        self._registry.add_events((*EVENTS, *MIGRATION_EVENTS))
+
+    def _about_machine(
+        self, machine: MicroVM, config: MachineConfig, control: MigrationCommands
+    ) -> Iterator[list[Command]]:
+        """Commands about the parts of the machine and its memory."""
+        from .guest_view import GuestView
+        from .monitor.disks import describe
+        from .monitor.dumps import Dumps
+        from .monitor.hmp import make_shell
+        from .monitor.inventory import Inventory
+        from .monitor.objects import ObjectCommands, make_tree
+
+        arguments, devices, objects = self._arguments, self._devices, self._objects
+        disks = describe(config.disks, drives=arguments.drives, nodes=arguments.blockdevs, devices=arguments.devices)
+        yield Inventory(machine, config, devices=devices, disks=disks, memories=objects.memories).commands()
+        tree = make_tree(config, arguments.machine, objects, devices, disks)
+        yield ObjectCommands(tree, objects).commands()
+        view = GuestView(machine)
+        dumps = Dumps(view, config.cpus)
+        self._closers.push_async_callback(dumps.close)
+        yield dumps.commands()
+        yield make_shell(self._registry, view, control.options, self._diagnostics.say).qmp_commands()
 
     def _make_migration(self, machine: MicroVM) -> MigrationCommands:
         from qemumig.commands.qmp import MigrationCommands
@@ -245,8 +295,6 @@ class Program:
     # ---- at work ----
 
     async def _serve(self, machine: MicroVM) -> None:
-        for monitor in self._monitors:
-            monitor.start()
         ended = asyncio.ensure_future(self._ending.wait())
         clients = asyncio.ensure_future(self._devices.start())
         await asyncio.wait((ended, clients), return_when=asyncio.FIRST_COMPLETED)
@@ -300,23 +348,6 @@ def ram_idstr(request: BackendRequest) -> str:
     if request.properties.get("x-use-canonical-path-for-ramblock-id"):
         return f"/objects/{request.id}"
     return request.id
-
-
-def make_memory(request: BackendRequest) -> HostMemory:
-    """The memory that `-object` asks for."""
-    from .memory import HostMemory
-
-    wanted: dict[str, Any] = {name.replace("-", "_"): value for name, value in request.properties.items()}
-    wanted.pop("x_use_canonical_path_for_ramblock_id", None)
-    size = wanted.pop("size")
-    if "share" in wanted:
-        wanted["shared"] = wanted.pop("share")
-    if request.kind == "memory-backend-memfd":
-        return HostMemory.memfd(size, name=request.id, **wanted)
-    if request.kind == "memory-backend-ram":
-        return HostMemory.anonymous(size, **wanted)
-    wanted["rom"] = {"auto": None, "on": True, "off": False}[wanted.get("rom", "auto")]
-    return HostMemory.file(wanted.pop("mem_path"), size, **wanted)
 
 
 if __name__ == "__main__":

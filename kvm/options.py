@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from .config import Chipset
 from .keyval import UsageError, choice, identifier, integer, size, split, switch, unique
 from .monitor.json_stream import INCOMPLETE, JsonError, JsonStream
 from .monitor.qmp import EMULATED, PACKAGE
@@ -26,10 +27,11 @@ CPU_MODELS = ("host", "max", "qemu64")
 RAM_GRANULE = 8192  # QEMU rounds -m up to a multiple of this
 VERSION = "QEMU emulator version {major}.{minor}.{micro}".format(**EMULATED) + f" ({PACKAGE})"
 
-# Devices of the machine that do not exist yet: off is what they are, `auto` and silence mean off too.
-MISSING_DEVICES = ("acpi", "pit", "pic", "rtc", "pcie", "ioapic2")
+# Devices that the machine may have, and what `auto`, or silence, means; ioapic2 comes with acpi only.
+OPTIONAL_DEVICES = {"acpi": True, "ioapic2": True, "pit": True, "pic": True, "rtc": False}
+MISSING_DEVICES = ("pcie",)  # `auto` and silence mean off, in QEMU too
 MACHINE_SWITCHES = ("isa-serial", "x-option-roms", "auto-kernel-cmdline", "usb", "mem-merge", "dump-guest-core")
-MACHINE_KEYS = ("accel", "kernel-irqchip", "memory-backend", *MISSING_DEVICES, *MACHINE_SWITCHES)
+MACHINE_KEYS = ("accel", "kernel-irqchip", "memory-backend", *OPTIONAL_DEVICES, *MISSING_DEVICES, *MACHINE_SWITCHES)
 TOPOLOGY = ("sockets", "dies", "clusters", "modules", "cores", "threads")
 BACKEND_SWITCHES = ("share", "prealloc", "merge", "dump", "reserve", "x-use-canonical-path-for-ramblock-id")
 BACKEND_KINDS: dict[str, dict[str, str]] = {  # key → type, beside "id" and what all kinds have
@@ -87,6 +89,7 @@ class Arguments:
     cpu_model: str = "qemu64"
     cpu_features: dict[str, bool] = field(default_factory=dict)
     kernel_irqchip: str = "split"
+    chipset: Chipset = field(default_factory=Chipset)
     bios: str | None = None
     serials: list[str] = field(default_factory=list)
     chardevs: list[str] = field(default_factory=list)
@@ -550,12 +553,23 @@ def _check_machine(arguments: Arguments) -> None:
             raise UsageError(f"Property '{MACHINE}-machine.{key.partition('.')[0]}' not found")
         if key in MACHINE_SWITCHES:
             switch(key, value)
-        if key in MISSING_DEVICES:
+        if key in OPTIONAL_DEVICES or key in MISSING_DEVICES:
             choice(key, value, ("on", "off", "auto"))
         if (key in MISSING_DEVICES and value == "on") or (key == "usb" and switch(key, value)):
-            raise UsageError(f"{key}=on: this {MACHINE} has no {key} yet; leave it out or say {key}=off")
+            raise UsageError(f"{key}=on: this {MACHINE} has no {key}; leave it out or say {key}=off")
+    arguments.chipset = chipset(arguments.machine)
     if "kernel-irqchip" in arguments.machine:
         arguments.kernel_irqchip = irqchip(arguments.machine["kernel-irqchip"])
+
+
+def chipset(properties: dict[str, str | None]) -> Chipset:
+    """Which optional devices the machine's properties ask for."""
+    there = {}
+    for key, automatic in OPTIONAL_DEVICES.items():
+        value = properties.get(key, "auto")
+        there[key] = automatic if value == "auto" else value == "on"
+    there["ioapic2"] &= there["acpi"]
+    return Chipset(**there)
 
 
 def irqchip(value: str | None) -> str:

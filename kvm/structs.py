@@ -304,6 +304,10 @@ class kvm_irq_routing(Structure):
     _fields_ = [("nr", u32), ("flags", u32)]
 
 
+class kvm_msi(Structure):
+    _fields_ = [*_each(u32, "address_lo address_hi data flags devid"), ("pad", u8 * 12)]
+
+
 KVM_IRQFD_FLAG_DEASSIGN = 1
 KVM_IRQFD_FLAG_RESAMPLE = 2
 

@@ -22,6 +22,7 @@ from .structs import (
     kvm_irq_routing,
     kvm_irq_routing_entry,
     kvm_irqchip,
+    kvm_msi,
     kvm_userspace_memory_region,
     with_array,
 )
@@ -107,6 +108,16 @@ class Vm:
     def irq_line(self, gsi: int, level: int) -> None:
         """Raise (1) or lower (0) an interrupt line; the chips must be in the kernel."""
         self._call(ioctls.KVM_IRQ_LINE, kvm_irq_level(irq=gsi, level=level), f" (GSI {gsi})")
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """Deliver a message-signalled interrupt; False when no local APIC took it."""
+        message = kvm_msi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32, data=data)
+        try:
+            return self._call(ioctls.KVM_SIGNAL_MSI, message, f" (address {address:#x}, data {data:#x})") > 0
+        except KvmError as error:
+            if error.errno != errno.EPERM:  # what the kernel says when the message reaches nobody
+                raise
+            return False
 
     # -- clock
 

@@ -1,7 +1,8 @@
 """Capabilities, parameters and properties: names, types, defaults, ranges, contradictions (qmp.md §7, §8).
 
-The tables are complete, with QEMU's names and order.  What is not built yet is refused when somebody asks for it, with a
-message that says so; it is never accepted in silence.
+The tables are complete, with QEMU's names and order.  What contradicts something else, or is out of range, is refused with
+QEMU's words; what is not built yet is refused when somebody asks for it, with a message that says so, never accepted in
+silence.  Checks come in QEMU's order, so the first of several mistakes is the same one here.
 
 One default differs from QEMU's: `return-path` is on.  It costs a few bytes, every QEMU answers it, and only with it does
 a source learn that the destination has really taken the guest.  Transports that flow one way leave it out unless it was
@@ -10,6 +11,7 @@ asked for by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +59,10 @@ CAPABILITIES = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its QAPI *kind*, *default*, and the range *low* … *high* with QEMU's *text* for a violation."""
+    """One parameter: its QAPI *kind*, *default*, and the range *low* … *high* with QEMU's *text* for a violation.
+
+    A default of None: `query-migrate-parameters` shows it only once it was set.
+    """
 
     name: str
     kind: str
@@ -95,12 +100,61 @@ PARAMETERS = (
     Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99"),
     Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd")),
     Parameter("multifd-zlib-level", "uint8", 1, 0, 9, "a value between 0 and 9"),
+    Parameter("multifd-qatzip-level", "uint8", 1, 1, 9, "a value between 1 and 9"),
     Parameter("multifd-zstd-level", "uint8", 1, 0, 20, "a value between 0 and 20"),
+    Parameter("block-bitmap-mapping", "bitmap-mapping", None),
     Parameter("x-vcpu-dirty-limit-period", "uint64", 1000, 1, 1000, "a value between 1 and 1000"),
-    Parameter("vcpu-dirty-limit", "uint64", 1, 1, UINT64, "a value of at least 1 MB/s"),
+    Parameter("vcpu-dirty-limit", "uint64", 1, 1, UINT64),
     Parameter("mode", "enum", "normal", values=("normal", "cpr-reboot", "cpr-transfer")),
     Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd")),
     Parameter("direct-io", "bool", False),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """With *capability* on, *other* must be on (*wanted*) or off; *text* says it."""
+
+    capability: str
+    other: str
+    wanted: bool
+    text: str
+
+
+_ZERO_COPY = "Zero copy only available for non-compressed non-TLS multifd migration"
+_MAPPED_RAM = "Mapped-ram only available for non-compressed non-TLS multifd migration"
+_NOT_IN_BACKGROUND = (
+    *("postcopy-ram", "dirty-bitmaps", "postcopy-blocktime", "late-block-activate", "return-path", "multifd"),
+    *("pause-before-switchover", "auto-converge", "release-ram", "rdma-pin-all", "xbzrle", "x-colo", "validate-uuid"),
+    "zero-copy-send",
+)
+
+RULES = (  # in the order in which QEMU looks at them
+    Rule("postcopy-ram", "x-ignore-shared", False, "Postcopy is not compatible with ignore-shared"),
+    *(
+        Rule("background-snapshot", name, False, f"Background-snapshot is not compatible with {name}")
+        for name in _NOT_IN_BACKGROUND
+    ),
+    Rule("zero-copy-send", "multifd", True, _ZERO_COPY),
+    Rule("zero-copy-send", "xbzrle", False, _ZERO_COPY),
+    Rule("postcopy-preempt", "postcopy-ram", True, "Postcopy preempt requires postcopy-ram"),
+    Rule("switchover-ack", "return-path", True, "Capability 'switchover-ack' requires capability 'return-path'"),
+    Rule(
+        "dirty-limit",
+        "auto-converge",
+        False,
+        "dirty-limit conflicts with auto-converge either of then available currently",
+    ),
+    Rule("multifd", "xbzrle", False, "Multifd is not compatible with xbzrle"),
+    Rule("mapped-ram", "xbzrle", False, "Mapped-ram migration is incompatible with xbzrle"),
+    Rule("mapped-ram", "postcopy-ram", False, "Mapped-ram migration is incompatible with postcopy"),
+)
+
+_RANGE_ORDER = (  # in which QEMU looks at values
+    *("throttle-trigger-threshold", "cpu-throttle-initial", "cpu-throttle-increment", "downtime-limit"),
+    *("multifd-channels", "multifd-zlib-level", "multifd-qatzip-level", "multifd-zstd-level", "xbzrle-cache-size"),
+    *("max-cpu-throttle", "announce-initial", "announce-max", "announce-rounds", "announce-step"),
+    *("block-bitmap-mapping", "x-vcpu-dirty-limit-period", "vcpu-dirty-limit"),
 )
 
 _CAPABILITY = {capability.name: capability for capability in CAPABILITIES}
@@ -114,6 +168,9 @@ PROPERTIES: Mapping[str, Any] = {
     "send-switchover-start": False,  # QEMU before 10.0 refuses the command; 10.0 takes a stream without it
     "x-clear-bitmap-shift": 14,
 }
+
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_NODE_NAME_LIMIT, _BITMAP_NAME_LIMIT, _ALIAS_LIMIT = 31, 1023, 255  # bytes
 
 NOT_BUILT = "is not built in this version of qemumig"
 
@@ -150,8 +207,8 @@ class MigrationOptions:
         return dict(self._capabilities)
 
     def parameters(self) -> dict[str, Any]:
-        """All of them, in QEMU's order."""
-        return dict(self._parameters)
+        """All of them that have a value, in QEMU's order."""
+        return {name: value for name, value in self._parameters.items() if value is not None}
 
     # ---- changing ----
 
@@ -162,30 +219,41 @@ class MigrationOptions:
             capability = _CAPABILITY.get(name)
             if capability is None:
                 raise OptionError(f"Parameter 'capability' does not accept value '{name}'", name=name, value=state)
-            if state and not capability.built:
+        self._check_rules(changes)
+        for name, state in changes.items():
+            if state and not _CAPABILITY[name].built:
                 raise OptionError(f"capability '{name}' {NOT_BUILT}", name=name, value=state)
         self._capabilities.update(changes)
         self._chosen.update(changes)
 
+    def _check_rules(self, changes: Mapping[str, bool]) -> None:
+        """OptionError when the capabilities contradict each other once *changes* are made."""
+        result = {**self._capabilities, **changes}
+        for rule in RULES:
+            if not result[rule.capability]:
+                continue
+            # A default that nobody chose is in nobody's way.
+            by_default = rule.other not in changes and rule.other not in self._chosen
+            if result[rule.other] != rule.wanted and not (by_default and result[rule.other]):
+                raise OptionError(rule.text, name=rule.capability, value=True)
+        if result["zero-copy-send"] and not _is_plain(self._parameters):
+            raise OptionError(_ZERO_COPY, name="zero-copy-send", value=True)
+
     def set_parameters(self, wanted: Mapping[str, Any]) -> None:
         """Set several at once, types being checked already; OptionError when one is out of range or not built."""
-        changes = {name: self._checked(name, value) for name, value in wanted.items()}
+        changes = {name: _known_value(name, value) for name, value in wanted.items()}
+        result = {**self._parameters, **changes}
+        for name in _RANGE_ORDER:
+            if name in changes:
+                _check_range(_PARAMETER[name], result)
+        if self._capabilities["zero-copy-send"] and not _is_plain(result):
+            raise OptionError(_ZERO_COPY, name="zero-copy-send", value=True)
+        if self._capabilities["mapped-ram"] and not _is_plain(self._parameters):  # what is set now, as in QEMU
+            raise OptionError(_MAPPED_RAM, name="mapped-ram", value=True)
+        for name, value in changes.items():
+            if not _PARAMETER[name].built and value != _PARAMETER[name].default:
+                raise OptionError(f"parameter '{name}' {NOT_BUILT}", name=name, value=value)
         self._parameters.update(changes)
-
-    def _checked(self, name: str, value: Any) -> Any:
-        parameter = _PARAMETER.get(name)
-        if parameter is None:
-            raise OptionError(f"Parameter '{name}' is unexpected", name=name, value=value)
-        if parameter.kind == "StrOrNull" and value is None:
-            value = ""
-        if parameter.text and not parameter.low <= value <= parameter.high:
-            spelled = name if name.startswith("x-") else name.replace("-", "_")
-            raise OptionError(f"Parameter '{spelled}' expects {parameter.text}", name=name, value=value)
-        if parameter.values and value not in parameter.values:
-            raise OptionError(f"Parameter '{name}' does not accept value '{value}'", name=name, value=value)
-        if not parameter.built and value != parameter.default:
-            raise OptionError(f"parameter '{name}' {NOT_BUILT}", name=name, value=value)
-        return value
 
     def set_property(self, name: str, value: str) -> None:
         """What `-global migration.NAME=VALUE` sets: a property, or a parameter or capability by QEMU's other name."""
@@ -204,6 +272,79 @@ class MigrationOptions:
         else:
             text = f"can't apply global migration.{name}={value}: Property 'migration.{name}' not found"
             raise OptionError(text, name=name, value=value)
+
+
+def _known_value(name: str, value: Any) -> Any:
+    """*value* as parameter *name* keeps it; OptionError for a name or a word that there is not."""
+    parameter = _PARAMETER.get(name)
+    if parameter is None:
+        raise OptionError(f"Parameter '{name}' is unexpected", name=name, value=value)
+    if parameter.values and value not in parameter.values:
+        raise OptionError(f"Parameter '{name}' does not accept value '{value}'", name=name, value=value)
+    return "" if parameter.kind == "StrOrNull" and value is None else value
+
+
+def _check_range(parameter: Parameter, result: Mapping[str, Any]) -> None:
+    """OptionError when the value that *parameter* has in *result* is out of its range."""
+    name, value = parameter.name, result[parameter.name]
+    spelled = name if name.startswith("x-") else name.replace("-", "_")
+    if name == "block-bitmap-mapping":
+        _check_bitmap_mapping(value)
+        return
+    if name == "vcpu-dirty-limit" and value < parameter.low:
+        raise OptionError(f"Parameter '{spelled}' must be greater than 1 MB/s", name=name, value=value)
+    low = result["cpu-throttle-initial"] if name == "max-cpu-throttle" else parameter.low
+    is_odd_size = name == "xbzrle-cache-size" and value & (value - 1)
+    if not low <= value <= parameter.high or is_odd_size:
+        raise OptionError(f"Parameter '{spelled}' expects {parameter.text}", name=name, value=value)
+
+
+def _check_bitmap_mapping(mapping: Iterable[Mapping[str, Any]]) -> None:
+    """OptionError when names or aliases of block-bitmap-mapping are used twice or cannot be sent (qmp.md §8)."""
+    nodes: set[str] = set()
+    aliases: set[str] = set()
+    for node in mapping:
+        name, alias = node["node-name"], node["alias"]
+        if not _IDENTIFIER.fullmatch(alias):
+            raise _bad_mapping(f"The node alias '{alias}' is not well-formed")
+        _check_length("node alias", alias, _ALIAS_LIMIT)
+        _check_length("node name", name, _NODE_NAME_LIMIT)
+        if name in nodes:
+            raise _bad_mapping(f"The node name '{name}' is mapped twice")
+        if alias in aliases:
+            raise _bad_mapping(f"The node alias '{alias}' is used twice")
+        nodes.add(name)
+        aliases.add(alias)
+        _check_bitmap_names(node)
+
+
+def _check_bitmap_names(node: Mapping[str, Any]) -> None:
+    names: set[str] = set()
+    aliases: set[str] = set()
+    for bitmap in node["bitmaps"]:
+        name, alias = bitmap["name"], bitmap["alias"]
+        _check_length("bitmap name", name, _BITMAP_NAME_LIMIT)
+        _check_length("bitmap alias", alias, _ALIAS_LIMIT)
+        if name in names:
+            raise _bad_mapping(f"The bitmap '{node['node-name']}'/'{name}' is mapped twice")
+        if alias in aliases:
+            raise _bad_mapping(f"The bitmap alias '{node['alias']}'/'{alias}' is used twice")
+        names.add(name)
+        aliases.add(alias)
+
+
+def _check_length(what: str, name: str, limit: int) -> None:
+    if len(name.encode()) > limit:
+        raise _bad_mapping(f"The {what} '{name}' is longer than {limit} bytes")
+
+
+def _bad_mapping(what: str) -> OptionError:
+    return OptionError(f"Invalid mapping given for block-bitmap-mapping: {what}", name="block-bitmap-mapping")
+
+
+def _is_plain(parameters: Mapping[str, Any]) -> bool:
+    """True when *parameters* ask neither for compression nor for TLS."""
+    return parameters["multifd-compression"] == "none" and not parameters["tls-creds"]
 
 
 def _parse(name: str, text: str, kind: type) -> Any:

@@ -1,8 +1,12 @@
 """The board: all devices of the machine but its vCPUs, wired to buses, interrupt lines and sections (machine.md §3, §4).
 
     ports        0x3F8 serial   0x510 fw_cfg   0x514 fw_cfg DMA                     elsewhere ones
+                 0x40 pit       0x70 rtc
     memory       0xFEB00000 + 512 i, i = 0 … 7: virtio-mmio slots, a disk or empty  elsewhere zeroes
-    in KVM       both APICs, kvmclock
+                 0xFEA00000 ged   0xFEC10000 second ioapic, with which there are 24 slots
+    in KVM       local APICs, first I/O APIC, pic, kvmclock
+
+What stands in the second lines is there if the machine's Chipset says so.
 
 Threads   Built, started, stopped, reset, saved and loaded by whoever holds the machine's transition lock; the buses are
           for all vCPU threads.
@@ -10,23 +14,32 @@ Threads   Built, started, stopped, reset, saved and loaded by whoever holds the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qemumig.machine import DeviceSection
+from qemumig.savevm.devices.acpi_ged import ACPI_GED
 from qemumig.savevm.devices.fw_cfg import FW_CFG
+from qemumig.savevm.devices.i8254 import I8254
+from qemumig.savevm.devices.i8259 import I8259
 from qemumig.savevm.devices.ioapic import IOAPIC
 from qemumig.savevm.devices.kvm_tpr_opt import KVM_TPR_OPT
 from qemumig.savevm.devices.kvmclock import KVMCLOCK
+from qemumig.savevm.devices.mc146818rtc import MC146818RTC
 from qemumig.savevm.devices.serial import SERIAL
 from qemumig.savevm.devices.timer import TIMER
 from qemumig.savevm.devices.virtio_mmio import VIRTIO_BLK
 
-from ..config import VIRTIO_MMIO_SLOTS, DiskConfig, MachineConfig
+from ..config import DiskConfig, MachineConfig
 from ..vm import Vm
-from . import fw_cfg, serial, virtio_mmio
+from . import fw_cfg, ged, ioapic, pit, rtc, serial, virtio_mmio
+from .acpi.tables import Described
+from .acpi.tables import build as build_tables
+from .blobs import Blobs
 from .bus import Bus
+from .deadlines import Deadlines
+from .fdt import build as build_tree
 from .irqchip import Irqchip
 from .kvmclock import Kvmclock
 from .memory import GuestMemory, memory_map
@@ -47,28 +60,51 @@ class BoardSection:
     load: Callable[[Any], None]
 
 
+@dataclass(frozen=True)
+class BoardEvents:
+    """What devices ask of the machine, each from a thread that must not wait: the machine does it later."""
+
+    disks: DiskEvents
+    power_off: Callable[[], None]
+    reset: Callable[[], None]
+    failed: Callable[[Exception], None]  # a timer's call raised this
+
+
 class Board:
-    """Made before the first vCPU, for the interrupt chips."""
+    """Made before the first vCPU, for the interrupt chips; `blobs` are its RAM blocks, None without ACPI."""
 
     def __init__(
         self,
         vm: Vm,
         config: MachineConfig,
         memory: GuestMemory,
-        disk_events: DiskEvents,
+        events: BoardEvents,
         warn: Callable[[str], None],
     ) -> None:
         self.memory = memory
         self.ports = Bus("port", _PORTS_IDLE)
         self.mmio = Bus("memory", _MEMORY_IDLE)
         self.clock = VirtualClock()
-        self._irqchip = Irqchip(vm)
+        self._chipset = config.chipset
+        self._irqchip = Irqchip(vm, config.chipset)
         self._kvmclock = Kvmclock(vm)
         self._vapic = Vapic()
-        access = fw_cfg.GuestAccess(memory.read, memory.write)
-        self._fw_cfg = fw_cfg.FwCfg(config.ram_size, config.cpus, config.max_cpus, access)
-        self._serial = self._make_serial(config) if config.isa_serial else None
+        self._deadlines = Deadlines(events.failed)
         self._disks: dict[int, VirtioBlk] = {}
+        self.blobs = self._make_blobs(config)
+        try:
+            self._make_devices(config, events, warn)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_devices(self, config: MachineConfig, events: BoardEvents, warn: Callable[[str], None]) -> None:
+        chipset, line, deadlines = config.chipset, self._irqchip.line, self._deadlines
+        self._fw_cfg = self._make_fw_cfg(config)
+        self._serial = self._make_serial(config) if config.isa_serial else None
+        self._ged = ged.Ged(line(ged.GSI), events.power_off, events.reset) if chipset.acpi else None
+        self._pit = pit.Pit(lambda: self.clock.now, line(pit.GSI), deadlines) if chipset.pit else None
+        self._rtc = rtc.Rtc(rtc.memory_bytes(config.ram_size), line(rtc.GSI), deadlines) if chipset.rtc else None
         self._register_devices(EmptySlot(config.legacy_virtio), {disk.slot for disk in config.disks})
         # In the order of the wire: before the vCPUs, after the first of them, after all of them.
         self.first_sections = [
@@ -76,44 +112,63 @@ class Board:
             _section("fw_cfg", FW_CFG, self._fw_cfg),
         ]
         self.sections_after_first_cpu = [_section("kvm-tpr-opt", KVM_TPR_OPT, self._vapic)] if config.vapic else []
-        self.last_sections = [
-            _section("ioapic", IOAPIC, self._irqchip),
-            _section("kvmclock", KVMCLOCK, self._kvmclock),
-        ]
+        self.last_sections = list(self._device_sections())
+        for disk in config.disks:
+            self._add_disk(disk, config.legacy_virtio, events.disks, warn)
+
+    def _device_sections(self) -> Iterator[BoardSection]:
+        """Those after the vCPUs' but for the disks'."""
+        yield _section("ioapic", IOAPIC, self._irqchip)
+        if self._irqchip.second is not None:
+            yield _section("ioapic", IOAPIC, self._irqchip.second, instance=1)
+        yield _section("kvmclock", KVMCLOCK, self._kvmclock)
+        if self._ged is not None:
+            yield _section("acpi-ged", ACPI_GED, self._ged)
+        for instance, pic in enumerate(self._irqchip.pics):
+            yield _section("i8259", I8259, pic, instance=instance)
+        if self._pit is not None:
+            yield _section("i8254", I8254, self._pit)
+        if self._rtc is not None:
+            yield _section("mc146818rtc", MC146818RTC, self._rtc)
         if self._serial is not None:
-            self.last_sections.append(_section("serial", SERIAL, self._serial))
-        try:
-            for disk in config.disks:
-                self._add_disk(disk, config.legacy_virtio, disk_events, warn)
-        except BaseException:
-            self.close()
-            raise
+            yield _section("serial", SERIAL, self._serial)
 
     def start(self) -> None:
         """The vCPUs are about to run."""
         self.memory.not_fresh()
+        if self.blobs is not None:
+            self.blobs.not_fresh()
         self._kvmclock.start()
         self.clock.start()
+        for timer in (self._pit, self._rtc):
+            if timer is not None:
+                timer.start()
         if self._serial is not None:
             self._serial.start()
         for disk in self._disks.values():
             disk.start()
 
     def stop(self) -> None:
-        """No vCPU runs any more: disks end what they are at, the clocks stand still."""
+        """No vCPU runs any more: disks end what they are at, timers ask for nothing, the clocks stand still."""
         for disk in self._disks.values():
             disk.stop()
+        for timer in (self._pit, self._rtc):
+            if timer is not None:
+                timer.stop()
         self.clock.stop()
         self._kvmclock.stop()
 
     def reset(self, firmware: bytes) -> None:
         """As after power-on, the firmware in its place; RAM and clocks stay."""
         self.memory.load_firmware(firmware)
+        if self.blobs is not None:
+            self.blobs.fill()
         self._irqchip.reset()
         self._vapic.reset()
         self._fw_cfg.reset()
-        if self._serial is not None:
-            self._serial.reset()
+        for device in (self._ged, self._pit, self._rtc, self._serial):
+            if device is not None:
+                device.reset()
         for disk in self._disks.values():
             disk.hard_reset()
 
@@ -128,9 +183,39 @@ class Board:
             disk.release()
 
     def close(self) -> None:
-        """End the threads of devices; twice is allowed."""
+        """End the threads of devices, give their memory back; twice is allowed."""
         for disk in self._disks.values():
             disk.close()
+        self._deadlines.close()
+        if self.blobs is not None:
+            self.blobs.close()
+
+    @property
+    def pic_asks(self) -> bool:
+        """Whether the PICs ask vCPU 0 for something."""
+        return self._irqchip.pic_asks
+
+    def press_power_button(self) -> bool:
+        """Tell the guest that somebody wants it to end; False when it cannot be told, for want of ACPI."""
+        if self._ged is None:
+            return False
+        self._ged.press_power_button()
+        return True
+
+    def _make_blobs(self, config: MachineConfig) -> Blobs | None:
+        if not config.chipset.acpi:
+            return None
+        slots = [disk.slot for disk in config.disks]
+        described = Described(config.chipset, config.cpus, config.max_cpus, config.isa_serial, slots)
+        return Blobs(build_tables(described))
+
+    def _make_fw_cfg(self, config: MachineConfig) -> fw_cfg.FwCfg:
+        access = fw_cfg.GuestAccess(self.memory.read, self.memory.write)
+        tree = build_tree(config.chipset, config.isa_serial, [disk.slot for disk in config.disks])
+        files: dict[str, fw_cfg.Item | bytes] = {"etc/fdt": tree}
+        if self.blobs is not None:
+            files |= {blob.name: blob for blob in self.blobs.files}
+        return fw_cfg.FwCfg(config.ram_size, config.cpus, config.max_cpus, access, files, self.blobs)
 
     def _make_serial(self, config: MachineConfig) -> serial.Serial:
         backend = config.serial
@@ -142,7 +227,7 @@ class Board:
 
     def _add_disk(self, disk: DiskConfig, legacy: bool, events: DiskEvents, warn: Callable[[str], None]) -> None:
         memory = DmaMemory(self.memory)
-        line = self._irqchip.line(virtio_mmio.FIRST_GSI + disk.slot)
+        line = self._irqchip.line(self._chipset.first_virtio_gsi + disk.slot)
         transport = virtio_mmio.Transport(f"disk '{disk.name}'", memory, line, warn, legacy=legacy)
         made = VirtioBlk(
             disk.name,
@@ -166,7 +251,16 @@ class Board:
         self.ports.register(*fw_cfg.DMA_PORTS, fw_cfg.DmaPorts(self._fw_cfg), widest=8)
         if self._serial is not None:
             self.ports.register(*serial.PORTS, self._serial, widest=1)
-        for slot in set(range(VIRTIO_MMIO_SLOTS)) - taken:
+        if self._pit is not None:
+            self.ports.register(*pit.PORTS, self._pit, widest=1)
+        if self._rtc is not None:
+            self.ports.register(*rtc.PORTS, self._rtc, widest=1)
+        if self._ged is not None:
+            self.mmio.register(*ged.EVENTS, self._ged, widest=4)
+            self.mmio.register(*ged.REGISTERS, ged.GedRegisters(self._ged), widest=1)
+        if self._irqchip.second is not None:
+            self.mmio.register(*ioapic.ADDRESS, self._irqchip.second, widest=4)
+        for slot in set(range(self._chipset.virtio_slots)) - taken:
             self.mmio.register(virtio_mmio.slot_address(slot), virtio_mmio.SLOT_SIZE, empty, widest=4)
 
 
@@ -189,5 +283,5 @@ class DmaMemory:
         return any(start <= guest_address and guest_address + length <= end for start, end in self._extents)
 
 
-def _section(idstr: str, vmstate: Any, device: Any) -> BoardSection:
-    return BoardSection(DeviceSection(idstr, 0, vmstate), device.save, device.load)
+def _section(idstr: str, vmstate: Any, device: Any, instance: int = 0) -> BoardSection:
+    return BoardSection(DeviceSection(idstr, instance, vmstate), device.save, device.load)

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from qemumig.savevm.devices.fw_cfg import FwCfgState
+from qemumig.savevm.devices.fw_cfg import AcpiBlobs, FwCfgState
 
 from ..errors import KvmError
 from .memory import HOLE_END, HOLE_START
@@ -52,13 +53,69 @@ class GuestAccess:
     write: Callable[[int, bytes], None]
 
 
+class Item(Protocol):
+    """What a key holds, when that may change; `size` in bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+class _Fixed:
+    """What a key holds for good."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.size = len(content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._content[offset : offset + length]
+
+
+class _Directory:
+    """The list of files, big-endian: how many; of each length, key, and name in 56 bytes."""
+
+    def __init__(self, entries: Sequence[tuple[int, str, Item]]) -> None:
+        self._entries = entries
+        self.size = 4 + (8 + _NAME_SIZE) * len(entries)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Lengths are those of now: a migration may have changed them."""
+        data = struct.pack(">I", len(self._entries))
+        for key, name, item in self._entries:
+            data += struct.pack(f">IHH{_NAME_SIZE}s", item.size, key, 0, name.encode())
+        return data[offset : offset + length]
+
+
+_NOTHING = _Fixed(b"")
+
+
+class AcpiFiles(Protocol):
+    """The lengths of the ACPI files, which travel with this device."""
+
+    def save(self) -> AcpiBlobs | None: ...
+
+    def load(self, record: AcpiBlobs | None) -> None: ...
+
+
 class FwCfg:
     """The device behind both port ranges: registers are numbered from port 0x510."""
 
-    def __init__(self, ram_size: int, cpus: int, max_cpus: int, memory: GuestAccess) -> None:
+    def __init__(
+        self,
+        ram_size: int,
+        cpus: int,
+        max_cpus: int,
+        memory: GuestAccess,
+        files: Mapping[str, Item | bytes] | None = None,
+        acpi: AcpiFiles | None = None,
+    ) -> None:
+        """*files* are offered beside those that every machine has."""
         # Set before the guest runs.
         self._memory = memory
-        self._items = _items(ram_size, cpus, max_cpus)
+        self._acpi = acpi
+        self._items = _numbers(ram_size, cpus, max_cpus) | _files(ram_size, files or {})
         # Under lock.
         self._lock = threading.Lock()
         self._key = 0
@@ -90,13 +147,13 @@ class FwCfg:
         self._offset = 0
 
     def _take(self, length: int) -> bytes:
-        data = self._items.get(self._key, b"")[self._offset : self._offset + length]
+        data = self._items.get(self._key, _NOTHING).read(self._offset, length)
         self._skip(length)
         return data + bytes(length - len(data))
 
     def _skip(self, length: int) -> None:
         """Move on, but not past the end of the data."""
-        self._offset = min(self._offset + length, len(self._items.get(self._key, b"")))
+        self._offset = min(self._offset + length, self._items.get(self._key, _NOTHING).size)
 
     # -- DMA
 
@@ -154,11 +211,14 @@ class FwCfg:
     def save(self) -> FwCfgState:
         """The selected key and the position in it."""
         with self._lock:
-            return FwCfgState(self._key, self._offset, self._dma_address)
+            blobs = self._acpi.save() if self._acpi is not None else None
+            return FwCfgState(self._key, self._offset, self._dma_address, blobs)
 
     def load(self, record: FwCfgState) -> None:
         """Go on where the source's guest was; keys that only its machine has read as zeroes."""
         with self._lock:
+            if self._acpi is not None:
+                self._acpi.load(record.acpi_mr)
             self._key, self._offset = record.cur_entry, record.cur_offset
             self._dma_address = record.dma_addr or 0
 
@@ -171,27 +231,30 @@ class DmaPorts:
         self.write = fw_cfg.write_address
 
 
-def _items(ram_size: int, cpus: int, max_cpus: int) -> dict[int, bytes]:
-    """What each key holds; numbers little-endian, the directory big-endian."""
-    files = {
+def _numbers(ram_size: int, cpus: int, max_cpus: int) -> dict[int, Item]:
+    """The keys that every firmware knows; numbers little-endian."""
+    return {
+        KEY_SIGNATURE: _Fixed(b"QEMU"),
+        KEY_FEATURES: _Fixed(struct.pack("<I", _FEATURES)),
+        KEY_RAM_SIZE: _Fixed(struct.pack("<Q", ram_size)),
+        KEY_CPUS: _Fixed(struct.pack("<H", cpus)),
+        KEY_MAX_CPUS: _Fixed(struct.pack("<H", max_cpus)),
+    }
+
+
+def _files(ram_size: int, more: Mapping[str, Item | bytes]) -> dict[int, Item]:
+    """The keys of files, in the order of their names, and the directory that says which is which."""
+    files: dict[str, Item | bytes] = {
         "bios-geometry": b"",
         "bootorder": b"",
         "etc/boot-fail-wait": b"\xff\xff\xff\xff",  # wait for ever
         "etc/e820": _e820(ram_size),
+        **more,
     }
-    items = {
-        KEY_SIGNATURE: b"QEMU",
-        KEY_FEATURES: struct.pack("<I", _FEATURES),
-        KEY_RAM_SIZE: struct.pack("<Q", ram_size),
-        KEY_CPUS: struct.pack("<H", cpus),
-        KEY_MAX_CPUS: struct.pack("<H", max_cpus),
-    }
-    directory = struct.pack(">I", len(files))
-    for key, (name, data) in enumerate(files.items(), FIRST_FILE_KEY):
-        items[key] = data
-        directory += struct.pack(f">IHH{_NAME_SIZE}s", len(data), key, 0, name.encode())
-    items[KEY_DIRECTORY] = directory
-    return items
+    items = {name: _Fixed(content) if isinstance(content, bytes) else content for name, content in files.items()}
+    entries = list(enumerate(sorted(items), FIRST_FILE_KEY))
+    by_key: dict[int, Item] = {key: items[name] for key, name in entries}
+    return by_key | {KEY_DIRECTORY: _Directory([(key, name, items[name]) for key, name in entries])}
 
 
 def _e820(ram_size: int) -> bytes:

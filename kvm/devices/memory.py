@@ -127,11 +127,8 @@ class GuestMemory:
     def discard(self) -> None:
         """Let every private block be as it was when it was mapped; shared memory may be somebody else's, too."""
         for block, memory in ((self.ram_block, self._ram), (self.firmware_block, self._firmware)):
-            if memory.shared:
-                continue
-            if _libc.madvise(memory.host_address, memory.size, mmap.MADV_DONTNEED) != 0:
-                raise KvmError(ctypes.get_errno(), f"madvise (RAM block {block.idstr!r})")
-            block.fresh = memory.fresh
+            if not memory.shared:
+                forget(block, memory)
 
     def close(self) -> None:
         """Unmap the host memory; the VM is closed already.  Twice is allowed; all addresses are unmapped then."""
@@ -158,6 +155,26 @@ class GuestMemory:
         if found != length:
             what = f"{length:#x} bytes at guest address {guest_address:#x}: {found:#x} of them are RAM"
             raise KvmError(errno.EFAULT, what)
+
+
+def read_host(host_address: int, length: int) -> bytes:
+    """*length* bytes of a block, copied without the GIL: the page may still be at a migration's source."""
+    data = bytearray(length)
+    if length:
+        _libc.memcpy(ctypes.addressof(ctypes.c_char.from_buffer(data)), host_address, length)
+    return bytes(data)
+
+
+def write_host(host_address: int, data: bytes) -> None:
+    """Write *data* into a block, likewise."""
+    _libc.memcpy(host_address, data, len(data))
+
+
+def forget(block: RAMBlock, memory: HostMemory) -> None:
+    """Let *memory*, which is private and all of *block*, be as it was when it was mapped; KvmError."""
+    if _libc.madvise(memory.host_address, memory.size, mmap.MADV_DONTNEED) != 0:
+        raise KvmError(ctypes.get_errno(), f"madvise (RAM block {block.idstr!r})")
+    block.fresh = memory.fresh
 
 
 def _host_address(mapping: Mapping, guest_address: int) -> int:

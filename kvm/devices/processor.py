@@ -26,6 +26,8 @@ from ..vcpu import Exit, VcpuThread
 from ..vm import Vm
 
 _RDX = 2
+_LINT0, _LVT_MASKED = 3, 0x10000
+_INTERRUPT_HARD = 2  # in cpu_common: an interrupt that no APIC keeps
 
 
 class Processor:
@@ -51,8 +53,10 @@ class Processor:
         if host.mcg_cap:
             self.vcpu.setup_mce(host.mcg_cap)
         self.vcpu.set_cpuid(model.entries(index, cpus))
-        # A new vCPU is in reset state but for RDX, which tells the processor's signature.
+        # A new vCPU is in reset state but for RDX, which tells the processor's signature, and for LINT0, where the
+        # PICs ask: KVM leaves it open on vCPU 0 for firmware that never heard of APICs, QEMU and real ones do not.
         self._reset_apic = save_apic(self.vcpu)
+        self._reset_apic.lvt[_LINT0] = _LVT_MASKED
         self._reset_cpu = save_cpu(self.vcpu, host, 0)
         self._reset_cpu.regs[_RDX] = model.signature
         self.thread = VcpuThread(
@@ -79,10 +83,11 @@ class Processor:
         with refusals(self.index, "starting"):
             self.vcpu.kvmclock_ctrl()
 
-    def save(self) -> tuple[CpuCommonState, CpuState, ApicState]:
-        """The records of its sections."""
+    def save(self, pic_asks: bool = False) -> tuple[CpuCommonState, CpuState, ApicState]:
+        """The records of its sections; *pic_asks*: the PICs have something for it, which a QEMU wants to be told here."""
         cpu = save_cpu(self.vcpu, self._host, self._tsc)
-        return CpuCommonState(halted=int(cpu.mp_state == KVM_MP_STATE_HALTED)), cpu, save_apic(self.vcpu)
+        halted = int(cpu.mp_state == KVM_MP_STATE_HALTED)
+        return CpuCommonState(halted, _INTERRUPT_HARD if pic_asks else 0), cpu, save_apic(self.vcpu)
 
     def load_apic(self, record: ApicState) -> None:
         """Set the local APIC; before the other registers."""

@@ -42,7 +42,6 @@ from .virtio_queue import DEFAULT_ALIGN, DEFAULT_SIZE, Memory, Queue, Rings, Vir
 
 SLOT_SIZE = 0x200  # bytes
 FIRST_SLOT = 0xFEB00000
-FIRST_GSI = 5
 
 _MAGIC, _VENDOR = 0x74726976, 0x554D4551
 _LEGACY, _MODERN = 1, 2
@@ -308,14 +307,20 @@ class Transport:
             if value == 0:
                 self._kick()
         elif offset == 0x64:
-            self._isr &= ~value
-            self._set_line(self._isr != 0)
+            self._acknowledge(value)
         elif offset == 0x70:
             self._write_status(value)
         elif self.legacy:
             self._write_legacy(offset, value)
         else:
             self._write_modern(offset, value)
+
+    def _acknowledge(self, value: int) -> None:
+        """The line falls with it; for what is left it rises again, so that no interrupt controller misses that."""
+        self._isr &= ~value
+        self._set_line(False)
+        if self._isr:
+            self._set_line(True)
 
     def _write_features(self, value: int) -> None:
         if self.legacy:

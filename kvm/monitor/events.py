@@ -3,8 +3,12 @@
 In    emit("STOP"), emit("MIGRATION", {"status": "active"})
 Out   {"timestamp": {…}, "event": …, "data": {…}} to each subscriber, on the loop's thread
 
+Events that a guest can cause as often as it likes are limited: one a second of each kind and device, the last one of
+those that were held back.
+
 Threads   `emit` from any; the rest belongs to the loop's thread.
-Holds     (1) subscribers see events in the order of the calls to `emit`, whatever threads those came from
+Holds     (1) subscribers see events in the order of the calls to `emit`, whatever threads those came from; only a
+              limited one may come later
           (2) an event emitted on the loop's thread has been delivered when `emit` returns: so it is on the wire
               before the response of the command that caused it
 """
@@ -18,7 +22,59 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-Subscriber = Callable[[dict[str, Any]], None]
+Message = dict[str, Any]
+Subscriber = Callable[[Message], None]
+
+LIMIT_S = 1.0  # between two events of one kind and device
+LIMITED = ("RTC_CHANGE", "BLOCK_IO_ERROR", "WATCHDOG", "BALLOON_CHANGE")
+NEVER_HELD_BACK = {"action": "stop"}  # what a machine stops for is said at once
+
+
+class Limiter:
+    """Holds back events that come too fast."""
+
+    def __init__(self, deliver: Subscriber) -> None:
+        self._deliver = deliver
+        self._timers: dict[tuple, asyncio.TimerHandle] = {}
+        self._held: dict[tuple, Message] = {}  # the last one of each that waits for its timer
+
+    def pass_on(self, message: Message) -> None:
+        """Deliver *message* now, or later, or never if another one takes its place."""
+        key = limited_by(message)
+        if key is None:
+            self._deliver(message)
+        elif key in self._timers:
+            self._held[key] = message
+        else:
+            self._deliver(message)
+            self._start(key)
+
+    def _start(self, key: tuple) -> None:
+        self._timers[key] = asyncio.get_running_loop().call_later(LIMIT_S, self._expire, key)
+
+    def _expire(self, key: tuple) -> None:
+        del self._timers[key]
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._deliver(held)
+            self._start(key)
+
+    def stop(self) -> None:
+        """Deliver what was held back; nothing is limited any more."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        held, self._held = self._held, {}
+        for message in held.values():
+            self._deliver(message)
+
+
+def limited_by(message: Message) -> tuple | None:
+    """What *message* shares its limit with; None when it has none."""
+    data = message.get("data", {})
+    if message["event"] not in LIMITED or NEVER_HELD_BACK.items() <= data.items():
+        return None
+    return (message["event"], *(data.get(name) for name in ("qom-path", "node-name", "device", "id")))
 
 
 class EventHub:
@@ -27,9 +83,10 @@ class EventHub:
     def __init__(self) -> None:
         # Loop thread only.
         self._subscribers: list[Subscriber] = []
+        self._limiter = Limiter(self._hand_out)
         # Under lock.
         self._lock = threading.Lock()
-        self._queue: deque[dict[str, Any]] = deque()
+        self._queue: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
 
@@ -43,6 +100,7 @@ class EventHub:
     def stop(self) -> None:
         """Deliver what waits, and nothing afterwards."""
         self._deliver()
+        self._limiter.stop()
         with self._lock:
             self._loop = None
 
@@ -68,15 +126,17 @@ class EventHub:
 
     def _deliver(self) -> None:
         while self._queue:
-            message = self._queue.popleft()
-            for subscriber in tuple(self._subscribers):
-                subscriber(message)
+            self._limiter.pass_on(self._queue.popleft())
+
+    def _hand_out(self, message: Message) -> None:
+        for subscriber in tuple(self._subscribers):
+            subscriber(message)
 
 
-def event(name: str, data: dict[str, Any] | None) -> dict[str, Any]:
+def event(name: str, data: dict[str, Any] | None) -> Message:
     """The message for an event that happens now."""
     now = time.time_ns()
-    message: dict[str, Any] = {
+    message: Message = {
         "timestamp": {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000},
         "event": name,
     }

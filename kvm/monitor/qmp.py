@@ -1,125 +1,64 @@
-"""A QMP monitor: one back end, one client at a time (qmp.md §1).
+"""A QMP monitor: one back end, one client at a time, and what outlives a client (qmp.md §1).
 
-    connected ─▶ greeting ─▶ negotiating ─ qmp_capabilities ─▶ command mode ─▶ gone; the next client starts anew
+    connected ─▶ Session ─▶ gone; the next client gets a Session of its own          session.py
 
-In    JSON values of the client.  They wait in a queue of one, or of eight when the client enabled `oob`; while
-      the queue is full nothing is read.  `exec-oob` requests do not queue.
-Out   one response a request, in order; events between them, once negotiation is over
+Out   greeting and responses of the session that is there; events, once it has negotiated
 
 Threads   the loop's, alone
-Holds     (1) at most one queued command of a monitor runs at a time, and its response leaves before the next runs
-          (2) a response never reaches another client than the one that asked
-          (3) a command runs only when the client has read most of what was sent to it before
-          (4) every descriptor that arrives is taken by a getfd or closed
+Holds     (1) a descriptor that `getfd` named stays with the monitor, whatever client asks for it
+          (2) commands of clients that have gone run on behind the next client's back, but only a few of them
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-import traceback
-from collections import deque
-from collections.abc import Iterable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
-from qemumig.commands.command import STR, Argument, Command, CommandError, Enum, ListOf
+from qemumig.commands.command import ANY, BOOL, STR, Argument, Command, CommandError, Enum, ListOf, Struct
 from qemumig.errors import ChannelError
 
 from ..chardev import CharBackend, FrontEnd, close_descriptors
 from .events import EventHub
-from .json_stream import INCOMPLETE, JsonError, JsonStream, dump
+from .json_stream import dump
 from .registry import Registry
+from .session import EMULATED, PACKAGE, Session, current_session, version
+
+__all__ = ["EMULATED", "PACKAGE", "QmpMonitor", "session_commands", "take_fd", "version"]
 
 CLOSING_GRACE_S = 1.0  # how long a running command, and then its response, may take when the program ends
-OOB_QUEUE = 8  # requests that may wait, the one that runs included
+MAX_LEFT_BEHIND = 8  # commands of clients that have gone; with so many still running the next client waits
 MAX_NAMED_DESCRIPTORS = 128  # of one monitor
-EMULATED = {"major": 10, "minor": 0, "micro": 0}  # the dialect that is spoken
-PACKAGE = "qemumig 0.1.0"
-
-current_monitor: ContextVar[QmpMonitor] = ContextVar("current_monitor")  # whose command this is
-
-
-def version() -> dict[str, Any]:
-    """What the greeting and query-version say."""
-    return {"qemu": dict(EMULATED), "package": PACKAGE}
-
-
-@dataclass
-class Request:
-    """One value from the client, or what was wrong with it; and the descriptors that came with it."""
-
-    value: Any = None
-    fault: JsonError | None = None
-    descriptors: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Call:
-    """A request that has the right form."""
-
-    name: str
-    arguments: dict[str, Any]
-    oob: bool
-
-
-def understand(value: Any, oob_enabled: bool) -> Call:
-    """The command that *value* asks for; CommandError when its form is wrong."""
-    if not isinstance(value, dict):
-        raise CommandError("QMP input must be a JSON object")
-    verb = ""
-    for member, content in value.items():
-        if member == "execute" or (member == "exec-oob" and oob_enabled):
-            if verb:
-                raise CommandError(f"QMP input member '{member}' clashes with '{verb}'")
-            if not isinstance(content, str):
-                raise CommandError(f"QMP input member '{member}' must be a string")
-            verb = member
-        elif member == "arguments":
-            if not isinstance(content, dict):
-                raise CommandError("QMP input member 'arguments' must be an object")
-        elif member != "id":
-            raise CommandError(f"QMP input member '{member}' is unexpected")
-    if not verb:
-        raise CommandError("QMP input lacks member 'execute'")
-    return Call(value[verb], value.get("arguments", {}), verb == "exec-oob")
 
 
 class QmpMonitor:
     """One monitor on *backend*; *registry* has its commands, *hub* its events."""
 
     def __init__(self, backend: CharBackend, registry: Registry, hub: EventHub, pretty: bool = False) -> None:
-        # Set before start.
+        # Set before the first client.
+        self.registry = registry
+        self.hub = hub
         self._backend = backend
-        self._registry = registry
-        self._hub = hub
         self._pretty = pretty
-        self._work = asyncio.Event()
+        # Loop thread only.
+        self._session: Session | None = None
         self._tasks: set[asyncio.Task] = set()
+        self._left_behind: set[asyncio.Task] = set()
         self._stopping = False
-        # Of the monitor, whatever client is there.
         self._named: dict[str, int] = {}
-        # Of the client.
-        self._client = 0  # counts them; 0: there was none yet
-        self._negotiated = False
-        self._oob = False
-        self._stream = JsonStream()
-        self._queue: deque[Request] = deque()  # the first is the one that runs
-        self._urgent = 0  # out-of-band requests that run
-        self._arriving: list[int] = []  # descriptors of a request that is not complete yet
-        self._loose: list[int] = []  # descriptors that came with the last request that had any
         backend.attach(FrontEnd(self._received, self._connected, self._disconnected))
 
-    def start(self) -> None:
-        """Serve requests from now on, on the running loop."""
-        self._spawn(self._serve())
+    @property
+    def stopping(self) -> bool:
+        """True when no further command shall begin."""
+        return self._stopping
 
     def stop(self) -> None:
         """Begin no further command; the response of the one that runs still leaves."""
         self._stopping = True
-        self._work.set()
+        if self._session is not None:
+            self._session.wake()
 
     async def close(self) -> None:
         """Let running commands end and what was written leave, within reason; give up every descriptor."""
@@ -139,158 +78,64 @@ class QmpMonitor:
     # ---- the connection ----
 
     def _connected(self) -> None:
-        self._client += 1
-        self._send({"QMP": {"version": version(), "capabilities": ["oob"]}})
+        self._session = Session(self)
+        self._session.greet()
 
     def _disconnected(self) -> None:
-        self._hub.unsubscribe(self._on_event)
-        for request in self._queue:
-            close_descriptors(request.descriptors)
-        close_descriptors(self._arriving + self._loose)
-        self._client += 1
-        self._negotiated = self._oob = False
-        self._stream = JsonStream()
-        self._queue.clear()
-        self._arriving, self._loose = [], []
+        session, self._session = self._session, None
+        if session is not None:
+            self._left_behind |= session.end()
 
     def _received(self, data: bytes, descriptors: list[int]) -> None:
-        if descriptors:
-            close_descriptors(self._arriving)
-            self._arriving = descriptors
-        self._stream.feed(data)
-        self._pump()
+        if self._session is not None:
+            self._session.received(data, descriptors)
+        else:  # the program ends
+            close_descriptors(descriptors)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        self._write(dump(message, self._pretty))
+    # ---- for the session ----
 
-    def _write(self, data: bytes) -> None:
-        if self._backend.write(data) < len(data):  # it has not read for a long time
+    def encode(self, message: dict[str, Any]) -> bytes:
+        """*message* as this monitor writes it."""
+        return dump(message, self._pretty)
+
+    def write(self, data: bytes) -> None:
+        """Send to the client; one that has not read for a long time is dropped."""
+        if self._backend.write(data) < len(data):
             self._backend.drop_client()
 
-    def _on_event(self, message: dict[str, Any]) -> None:
-        self._send(message)
+    def listen(self, wanted: bool) -> None:
+        """Take more input from the client, or let it wait."""
+        if wanted:
+            self._backend.resume()
+        else:
+            self._backend.pause()
 
-    # ---- requests: from bytes to the queue ----
+    async def drain(self) -> None:
+        """Wait until the client has read most of what was sent, and not too much of former clients' work is left."""
+        await self._backend.output.drain()
+        while len(self._left_behind) >= MAX_LEFT_BEHIND:
+            await asyncio.wait(self._left_behind, return_when=asyncio.FIRST_COMPLETED)
 
-    def _pump(self) -> None:
-        """Turn bytes into requests while there is room for them, and read on only if there is."""
-        while len(self._queue) < self._room() and self._urgent < OOB_QUEUE and not self._stopping:
-            request = self._next_request()
-            if request is None:
-                self._backend.resume()
-                return
-            if self._is_urgent(request):
-                self._urgent += 1
-                self._spawn(self._answer_urgent(request, self._client))
-            else:
-                self._queue.append(request)
-                self._work.set()
-        self._backend.pause()
-
-    def _room(self) -> int:
-        return OOB_QUEUE if self._oob else 1
-
-    def _next_request(self) -> Request | None:
-        try:
-            value = self._stream.next_value()
-        except JsonError as error:
-            return Request(fault=error)
-        if value is INCOMPLETE:
-            return None
-        request = Request(value, descriptors=self._arriving)
-        self._arriving = []
-        return request
-
-    def _is_urgent(self, request: Request) -> bool:
-        return self._oob and isinstance(request.value, dict) and "exec-oob" in request.value
-
-    # ---- requests: from the queue to the response ----
-
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        """Run *work*; `close` waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._left_behind.discard)
+        return task
 
-    async def _serve(self) -> None:
-        current_monitor.set(self)
-        while not self._stopping:
-            self._work.clear()
-            while self._queue and not self._stopping:
-                client = self._client
-                await self._backend.output.drain()
-                if client == self._client:
-                    await self._answer(self._queue[0], client)
-                if client == self._client:
-                    self._queue.popleft()
-                    self._pump()
-                await asyncio.sleep(0)  # the turn of other monitors
-            if not self._stopping:
-                await self._work.wait()
+    # ---- descriptors by name ----
 
-    async def _answer_urgent(self, request: Request, client: int) -> None:
-        current_monitor.set(self)
-        try:
-            await self._answer(request, client)
-        finally:
-            self._urgent -= 1
-        self._pump()
-
-    async def _answer(self, request: Request, client: int) -> None:
-        if request.descriptors:
-            close_descriptors(self._loose)
-            self._loose, request.descriptors = request.descriptors, []
-        response = await self._execute(request)
-        if client == self._client:
-            self._write(response)
-
-    async def _execute(self, request: Request) -> bytes:
-        """Run what *request* asks for; the response, whatever happens."""
-        identity = {}
-        if isinstance(request.value, dict) and "id" in request.value:
-            identity["id"] = request.value["id"]
-        try:
-            if request.fault is not None:
-                raise CommandError(str(request.fault))
-            result = await self._run(understand(request.value, self._oob))
-            return dump({"return": result, **identity}, self._pretty)
-        except CommandError as error:
-            failure = error
-        except Exception as error:  # a fault of ours costs the client one response, not the connection
-            traceback.print_exc(file=sys.stderr)
-            failure = CommandError(f"Internal error: {type(error).__name__}: {error}")
-        return dump({**identity, "error": {"class": failure.error_class, "desc": failure.desc}}, self._pretty)
-
-    async def _run(self, call: Call) -> Any:
-        if not self._negotiated and call.name != "qmp_capabilities":
-            desc = "Expecting capabilities negotiation with 'qmp_capabilities'"
-            raise CommandError(desc, "CommandNotFound")
-        command = self._registry.find(call.name)
-        if call.oob and not command.oob:
-            raise CommandError(f"The command {call.name} does not support OOB")
-        return await command.call(call.arguments)
-
-    # ---- what commands ask of their own monitor ----
-
-    def negotiate(self, capabilities: Iterable[str]) -> None:
-        """End the negotiation with *capabilities* enabled; CommandError the second time."""
-        if self._negotiated:
-            desc = "Capabilities negotiation is already complete, command ignored"
-            raise CommandError(desc, "CommandNotFound")
-        self._negotiated = True
-        self._oob = "oob" in capabilities
-        self._hub.subscribe(self._on_event)
-
-    def name_descriptor(self, name: str) -> None:
-        """Keep the descriptor that came with the request under *name*, in the place of an older one."""
-        if not self._loose:
-            raise CommandError("No file descriptor supplied via SCM_RIGHTS")
-        descriptor = self._loose.pop(0)
+    def name_descriptor(self, name: str, descriptor: int) -> None:
+        """Keep *descriptor*, which belongs to the monitor from now on, in the place of an older one of that *name*."""
+        refusal = ""
         if name[:1].isdigit():
+            refusal = "Parameter 'fdname' expects a name not starting with a digit"
+        elif name not in self._named and len(self._named) >= MAX_NAMED_DESCRIPTORS:
+            refusal = f"Monitor already holds {MAX_NAMED_DESCRIPTORS} named file descriptors"
+        if refusal:
             close_descriptors([descriptor])
-            raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
-        if name not in self._named and len(self._named) >= MAX_NAMED_DESCRIPTORS:
-            close_descriptors([descriptor])
-            raise CommandError(f"Monitor already holds {MAX_NAMED_DESCRIPTORS} named file descriptors")
+            raise CommandError(refusal)
         if name in self._named:
             close_descriptors([self._named[name]])
         self._named[name] = descriptor
@@ -313,23 +158,63 @@ class QmpMonitor:
 
 def take_fd(name: str) -> int:
     """The descriptor that `getfd` named so on the monitor whose command is running; ChannelError without one."""
-    monitor = current_monitor.get(None)
-    if monitor is None:
+    session = current_session.get(None)
+    if session is None:
         text = f"File descriptor named '{name}' has not been found: no monitor asks for it"
         raise ChannelError(text, channel=f"fd:{name}")
-    return monitor.take_descriptor(name)
+    return session.monitor.take_descriptor(name)
 
 
 def session_commands(registry: Registry) -> list[Command]:
     """The commands about the monitor itself."""
     name = (Argument("fdname", STR),)
+    names = ListOf(Struct(Argument("name", STR)))
     return [
         Command("qmp_capabilities", _negotiate, (Argument("enable", ListOf(Enum(["oob"])), optional=True),)),
-        Command("query-commands", lambda: [{"name": entry} for entry in registry.names()]),
-        Command("getfd", lambda fdname: current_monitor.get().name_descriptor(fdname), name),
-        Command("closefd", lambda fdname: current_monitor.get().close_descriptor(fdname), name),
+        Command("query-commands", lambda: [{"name": entry} for entry in registry.names()], returns=names),
+        Command("query-qmp-schema", registry.schema, returns=SCHEMA),
+        Command("getfd", _name_descriptor, name),
+        Command("closefd", lambda fdname: current_session.get().monitor.close_descriptor(fdname), name),
     ]
 
 
 def _negotiate(enable: Iterable[str] = ()) -> None:
-    current_monitor.get().negotiate(enable)
+    current_session.get().negotiate(enable)
+
+
+def _name_descriptor(fdname: str) -> None:
+    session = current_session.get()
+    session.monitor.name_descriptor(fdname, session.take_loose_descriptor())
+
+
+def _schema_type() -> ListOf:
+    """SchemaInfo itself: what `query-qmp-schema` returns a list of."""
+    member = (Argument("name", STR), Argument("type", STR))
+    features = Argument("features", ListOf(STR), optional=True)
+    kinds = {
+        "builtin": Struct(
+            Argument("json-type", Enum(("string", "number", "int", "boolean", "null", "object", "array", "value")))
+        ),
+        "enum": Struct(
+            Argument("members", ListOf(Struct(Argument("name", STR), features))),
+            Argument("values", ListOf(STR)),
+        ),
+        "array": Struct(Argument("element-type", STR)),
+        "object": Struct(
+            Argument("members", ListOf(Struct(*member, Argument("default", ANY, optional=True), features))),
+            Argument("tag", STR, optional=True),
+            Argument("variants", ListOf(Struct(Argument("case", STR), Argument("type", STR))), optional=True),
+        ),
+        "alternate": Struct(Argument("members", ListOf(Struct(Argument("type", STR))))),
+        "command": Struct(
+            Argument("arg-type", STR),
+            Argument("ret-type", STR),
+            Argument("allow-oob", BOOL, optional=True),
+        ),
+        "event": Struct(Argument("arg-type", STR)),
+    }
+    meta = Argument("meta-type", Enum(kinds))
+    return ListOf(Struct(Argument("name", STR), meta, features, tag="meta-type", variants=kinds))
+
+
+SCHEMA = _schema_type()

@@ -1,23 +1,32 @@
 """Addresses: QEMU's URIs and QMP's MigrationAddress, both into the same small records (channels.md §1).
 
-tcp:HOST:PORT[,to=N][,ipv4[=on|off]][,ipv6[=on|off]][,keep-alive[=on|off]]
-unix:PATH      fd:NAME      exec:COMMAND      file:PATH[,offset=SIZE]
+tcp:HOST:PORT[,to=N][,ipv4[=on|off]][,ipv6[=on|off]][,numeric[=on|off]][,mptcp[=on|off]]
+             [,keep-alive[=on|off]][,keep-alive-count=N][,keep-alive-idle=S][,keep-alive-interval=S]
+unix:PATH    vsock:CID:PORT    fd:NAME    exec:COMMAND    file:PATH[,offset=SIZE]
+
+A record is only well-formed; whether its host, port or number means anything is found out when it is used, as in QEMU.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
 
-SIZE_SUFFIXES = {"K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+SIZE_SUFFIXES = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+HEX_SIZE = re.compile(r"0[xX]([0-9a-fA-F]{1,32})")
+DECIMAL_SIZE = re.compile(r"(?=[0-9.]*[0-9])([0-9]{0,32})(\.[0-9]{0,32})?([bBkKmMgGtTpPeE]?)")
 
 
 @dataclass(frozen=True)
 class InetAddress:
-    """A TCP end point; *to* is the last port to try when listening, None for just one."""
+    """A TCP end point; *to* is the last port to try when listening, None for just one.
+
+    *numeric*: no names.  *keep_alive_count*, *_idle* and *_interval* (in seconds) are the kernel's unless given.
+    """
 
     host: str
     port: str
@@ -25,6 +34,11 @@ class InetAddress:
     ipv4: bool | None = None
     ipv6: bool | None = None
     keep_alive: bool = False
+    numeric: bool = False
+    mptcp: bool = False
+    keep_alive_count: int | None = None
+    keep_alive_idle: int | None = None
+    keep_alive_interval: int | None = None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -32,12 +46,25 @@ class InetAddress:
 
 @dataclass(frozen=True)
 class UnixAddress:
-    """A unix socket by its path."""
+    """A unix socket by its path, or by an *abstract* name: its bytes alone when *tight*, else filled up with zeroes."""
 
     path: str
+    abstract: bool = False
+    tight: bool = True
 
     def __str__(self) -> str:
         return self.path
+
+
+@dataclass(frozen=True)
+class VsockAddress:
+    """A socket between a host and its guests: context id and port, as text."""
+
+    cid: str
+    port: str
+
+    def __str__(self) -> str:
+        return f"{self.cid}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class FileAddress:
         return self.path
 
 
-Address = InetAddress | UnixAddress | FdAddress | ExecAddress | FileAddress
+Address = InetAddress | UnixAddress | VsockAddress | FdAddress | ExecAddress | FileAddress
 
 
 def parse_uri(uri: str) -> Address:
@@ -84,50 +111,97 @@ def parse_uri(uri: str) -> Address:
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes as QEMU writes it: decimal with an optional K … E (× 1024ⁿ) or fraction, or 0x hex."""
-    if text[:2].lower() == "0x":
-        return int(text, 16)
-    shift = SIZE_SUFFIXES.get(text[-1:].upper(), 0)
-    digits = text[:-1] if shift or text[-1:].upper() == "B" else text
-    if not digits or not set(digits) <= set("0123456789.") or digits.count(".") > 1 or digits == ".":
+    """A number of bytes as QEMU writes it: decimal with an optional K … E (× 1024ⁿ) or fraction, or 0x hex.
+
+    Raises ValueError for anything else.
+    """
+    if match := HEX_SIZE.fullmatch(text):
+        return int(match[1], 16)
+    match = DECIMAL_SIZE.fullmatch(text)
+    if match is None:
         raise ValueError(text)
-    return int(float(digits) * (1 << shift)) if "." in digits else int(digits) << shift
+    digits, fraction, suffix = match.groups()
+    unit = 1 << SIZE_SUFFIXES[suffix.upper()]
+    return int(digits or 0) * unit + int(float(f"0{fraction or '.0'}0") * unit)
+
+
+HOST_LIMIT = 64  # characters (channels.md §1.1)
+PORT_LIMIT = 32
 
 
 def _parse_tcp(rest: str) -> Address:
     where, *options = rest.split(",")
     host, colon, port = where.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not port or len(port) > 32 or len(host) > 64 or (":" in host and not bracketed):
+    if where.startswith("["):
+        host, bracket, port = where[1:].partition("]:")
+        if not bracket or not host or not port:
+            raise OptionError(f"error parsing IPv6 address '{rest}'", name="uri", value=rest)
+    elif not colon or not port or ":" in host:
         raise OptionError(f"error parsing address '{rest}'", name="uri", value=rest)
-    return InetAddress(host[1:-1] if bracketed else host, port, **_inet_options(rest, options))
+    if len(host) > HOST_LIMIT or len(port) > PORT_LIMIT:
+        raise OptionError(f"error parsing address '{rest}'", name="uri", value=rest)
+    return InetAddress(host, port, **_inet_options(options))
 
 
-def _inet_options(rest: str, options: Sequence[str]) -> dict[str, Any]:
+def _inet_options(options: Sequence[str]) -> dict[str, Any]:
+    """The words behind host and port; those that are given twice count as the last says."""
     values: dict[str, Any] = {}
-    for option in options:
+    for option in filter(None, options):
         key, equals, value = option.partition("=")
-        if key == "to" and value.isdigit() and int(value) <= 65535:
-            values["to"] = int(value)
-        elif key in ("ipv4", "ipv6", "keep-alive", "mptcp") and (not equals or value in ("on", "off")):
-            if key != "mptcp":
-                values[key.replace("-", "_")] = value != "off"
-            elif value != "off":
-                raise OptionError("multipath TCP is not built in this version", name="mptcp", value=value)
+        if key in INET_NUMBERS:
+            values[key.replace("-", "_")] = _number(key, value)
+        elif key not in INET_SWITCHES:
+            raise OptionError(f"Invalid parameter '{key}'", name=key, value=value)
+        elif equals and value not in ("on", "off"):
+            raise OptionError(f"Parameter '{key}' expects 'on' or 'off'", name=key, value=value)
         else:
-            raise OptionError(f"error parsing '{option}' of address '{rest}'", name="uri", value=rest)
+            values[key.replace("-", "_")] = value != "off"
     return values
 
 
+INET_SWITCHES = ("ipv4", "ipv6", "numeric", "mptcp", "keep-alive")
+INET_NUMBERS = {  # and their greatest values
+    "to": 0xFFFF,
+    "keep-alive-count": 0xFFFFFFFF,
+    "keep-alive-idle": 0xFFFFFFFF,
+    "keep-alive-interval": 0xFFFFFFFF,
+}
+C_TYPES = {0xFFFF: "uint16_t", 0xFFFFFFFF: "uint32_t"}
+
+
+def _number(key: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise OptionError(f"Parameter '{key}' expects a number", name=key, value=text)
+    return _in_range(key, int(text[:20]))
+
+
+def _in_range(key: str, value: int) -> int:
+    limit = INET_NUMBERS[key]
+    if not 0 <= value <= limit:
+        raise OptionError(f"Parameter '{key}' expects {C_TYPES[limit]}", name=key, value=value)
+    return value
+
+
 def _parse_unix(rest: str) -> Address:
-    if not rest:
-        raise OptionError("invalid Unix socket address", name="uri", value=rest)
-    return UnixAddress(rest)
+    return UnixAddress(_unix_path(rest))
+
+
+def _unix_path(path: str) -> str:
+    if not path:
+        raise OptionError("invalid Unix socket address", name="uri", value=path)
+    return path
+
+
+def _parse_vsock(rest: str) -> Address:
+    cid, colon, port = rest.partition(":")
+    if not colon or not cid or not port:
+        raise OptionError(f"error parsing address '{rest}'", name="uri", value=rest)
+    return VsockAddress(cid, port)
 
 
 def _parse_fd(rest: str) -> Address:
     if not rest:
-        raise OptionError("fd: needs the name of a file descriptor", name="uri", value=rest)
+        raise OptionError("invalid file descriptor address", name="uri", value=rest)
     return FdAddress(rest)
 
 
@@ -151,6 +225,7 @@ def _parse_file(rest: str) -> Address:
 _URI_PARSERS = {
     "tcp": _parse_tcp,
     "unix": _parse_unix,
+    "vsock": _parse_vsock,
     "fd": _parse_fd,
     "exec": _parse_exec,
     "file": _parse_file,
@@ -180,41 +255,43 @@ def parse_migration_address(addr: Mapping[str, Any]) -> Address:
             raise OptionError("Parameter 'args' expects a list of strings, program first", name="args", value=args)
         return ExecAddress(tuple(args))
     if transport == "file":
-        return FileAddress(_member(addr, "filename", str), _member(addr, "offset", int))
+        offset = _member(addr, "offset", int)
+        if not 0 <= offset < 1 << 63:
+            raise OptionError("Parameter 'offset' expects a size below 2^63", name="offset", value=offset)
+        return FileAddress(_member(addr, "filename", str), offset)
     raise OptionError(f"Parameter 'transport' does not accept value '{transport}'", name="transport", value=transport)
 
 
 def _parse_socket(addr: Mapping[str, Any]) -> Address:
     kind = _member(addr, "type", str)
     if kind == "inet":
-        to = addr.get("to")
-        if to is not None and not (isinstance(to, int) and 0 <= to <= 65535):
-            raise OptionError("Parameter 'to' expects uint16_t", name="to", value=to)
-        return InetAddress(
-            _member(addr, "host", str),
-            _member(addr, "port", str),
-            to=to,
-            ipv4=addr.get("ipv4"),
-            ipv6=addr.get("ipv6"),
-            keep_alive=bool(addr.get("keep-alive", False)),
-        )
+        host, port = _member(addr, "host", str), _member(addr, "port", str)
+        return InetAddress(host, port, **_inet_members(addr))
     if kind == "unix":
-        return UnixAddress(_member(addr, "path", str))
+        switches = {key: _member(addr, key, bool) for key in ("abstract", "tight") if key in addr}
+        return UnixAddress(_unix_path(_member(addr, "path", str)), **switches)
+    if kind == "vsock":
+        return VsockAddress(_member(addr, "cid", str), _member(addr, "port", str))
     if kind == "fd":
         return FdAddress(_member(addr, "str", str))
     raise OptionError(f"Parameter 'type' does not accept value '{kind}'", name="type", value=kind)
 
 
-_QAPI_NAMES = {str: "string", int: "integer", list: "array"}
+def _inet_members(addr: Mapping[str, Any]) -> dict[str, Any]:
+    """The optional ones, by the names of InetAddress."""
+    values: dict[str, Any] = {key: _member(addr, key, bool) for key in INET_SWITCHES if key in addr}
+    values |= {key: _in_range(key, _member(addr, key, int)) for key in INET_NUMBERS if key in addr}
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+_QAPI_NAMES = {str: "string", int: "integer", list: "array", bool: "boolean"}
 
 
 def _member(addr: Mapping[str, Any], name: str, kind: type) -> Any:
     if name not in addr:
         raise OptionError(f"Parameter 'channels[0].addr.{name}' is missing", name=name)
     value = addr[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         text = f"Invalid parameter type for 'channels[0].addr.{name}', expected: {_QAPI_NAMES[kind]}"
         raise OptionError(text, name=name, value=value)
-    if isinstance(value, int) and not 0 <= value < 1 << 63:
-        raise OptionError(f"Parameter 'channels[0].addr.{name}' expects uint64", name=name, value=value)
     return value

@@ -12,8 +12,10 @@ import select
 import socket
 import stat
 import threading
+from collections.abc import Mapping
 
 from ..errors import MigrationCancelled
+from ..wire.stream import Carrier
 
 
 class QuitEvent:
@@ -44,13 +46,31 @@ class QuitEvent:
                 self.fd = -1
 
 
+def wait_any(events: Mapping[int, int], quit_fd: int) -> list[int]:
+    """Sleep until some descriptor of *events* (descriptor: select.POLLIN, …) is ready; those that are.
+
+    Raises MigrationCancelled when told to quit instead.
+    """
+    poll = select.poll()
+    poll.register(quit_fd, select.POLLIN)
+    for fd, wanted in events.items():
+        poll.register(fd, wanted)
+    ready = [fd for fd, _ in poll.poll()]
+    if quit_fd in ready:
+        raise MigrationCancelled("the migration was cancelled")
+    return ready
+
+
 def wait_ready(fd: int, events: int, quit_fd: int) -> None:
     """Sleep until *fd* has one of *events* (select.POLLIN, …); MigrationCancelled when told to quit instead."""
+    wait_any({fd: events}, quit_fd)
+
+
+def pause(duration_ms: int, quit_fd: int) -> None:
+    """Sleep for *duration_ms*; MigrationCancelled when told to quit."""
     poll = select.poll()
-    poll.register(fd, events)
     poll.register(quit_fd, select.POLLIN)
-    ready = dict(poll.poll())
-    if quit_fd in ready:
+    if poll.poll(duration_ms):
         raise MigrationCancelled("the migration was cancelled")
 
 
@@ -62,6 +82,7 @@ class Channel:
     """
 
     stored = False
+    carrier: Carrier | None = None  # what enciphers the bytes on their way, where something does
 
     def __init__(self, kind: str, name: str, read_fd: int, write_fd: int, quit_fd: int, *, can_return: bool) -> None:
         self.kind = kind
@@ -72,6 +93,10 @@ class Channel:
         self.can_return = can_return
         for fd in {read_fd, write_fd} - {-1}:
             os.set_blocking(fd, False)
+
+    def is_two_way(self) -> bool:
+        """Whether bytes can be read here as well as written, whatever the other side does with them."""
+        return self.can_return
 
     def shutdown(self) -> None:
         """End both directions; the peer sees the end of the stream.  Without effect where there is no such thing."""

@@ -4,6 +4,9 @@ Outgoing   `outgoing(address)` opens what opens at once (fd, exec, file) and rep
            back the act of connecting, which waits, and therefore happens in the migration's own thread.
 Incoming   `incoming(address)` binds at once and gives back a Listener, whose `accept` waits.
 
+Both take what TLS asks for (tls.py): the source's handshake is part of its act of connecting, the destination's are done
+by the listener, many at once.
+
 A listener goes away with the first channel: there is one channel until multifd, and a second sender has nothing to add.
 """
 
@@ -14,55 +17,134 @@ import select
 import socket
 import stat
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ChannelError
-from .address import Address, ExecAddress, FdAddress, FileAddress, InetAddress, UnixAddress
-from .channel import Channel, SocketChannel, channel_from_fd, wait_ready
+from ..options import MigrationOptions
+from .address import Address, ExecAddress, FdAddress, FileAddress, InetAddress, UnixAddress, VsockAddress
+from .channel import Channel, SocketChannel, channel_from_fd, wait_any
 from .exec import ExecChannel
-from .file import open_incoming_file, open_outgoing_file
+from .file import OpenPath, no_path, open_incoming_file, open_outgoing_file
+from .sockets import SocketAddress, bind, connect, describe_socket, is_listening, remove_path
+
+if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
+    from .objects import FindObject
+    from .tls import Reception, TlsClient, TlsServer
 
 TakeFd = Callable[[str], int]
 
 
-def outgoing(address: Address, quit_fd: int, take_fd: TakeFd) -> Callable[[], Channel]:
-    """A function that gives the connected channel; it may wait.  *take_fd* hands out a named descriptor.
+def no_tls() -> None:
+    """What an incoming side without TLS finds in its parameters."""
+
+
+def outgoing(
+    address: Address,
+    quit_fd: int,
+    take_fd: TakeFd,
+    *,
+    tls: Callable[[], TlsClient | None] = no_tls,
+    open_path: OpenPath = no_path,
+) -> Callable[[], Channel]:
+    """A function that gives the connected channel; it may wait.
+
+    *take_fd* hands out a named descriptor, *open_path* one for a path that means a set of descriptors.  *tls* is asked
+    when there is a connection, as in QEMU, so what is wrong with it is an error of the migration.
 
     Raises ChannelError at once where nothing has to be waited for; otherwise the function does.
     """
-    if isinstance(address, InetAddress | UnixAddress):
-        return lambda: _connect(address, quit_fd)
-    channel = _open_outgoing(address, quit_fd, take_fd)
-    return lambda: channel
+    if isinstance(address, InetAddress | UnixAddress | VsockAddress):
+        connecting = partial(connect, address, quit_fd)
+    else:
+        connecting = partial(_itself, _open_outgoing(address, quit_fd, take_fd, open_path))
+    return lambda: _encipher(connecting(), tls)
 
 
-def _open_outgoing(address: Address, quit_fd: int, take_fd: TakeFd) -> Channel:
+def _itself(channel: Channel) -> Channel:
+    return channel
+
+
+def _encipher(channel: Channel, tls: Callable[[], TlsClient | TlsServer | None]) -> Channel:
+    """*channel*, after the handshake if there is to be one; it is closed when that fails."""
+    try:
+        side = tls()
+    except BaseException:
+        channel.close()
+        raise
+    return channel if side is None else side.wrap(channel)
+
+
+def tls_of_source(options: MigrationOptions, find: FindObject, address: Address) -> TlsClient | None:
+    """What the source's parameters say about TLS on a way to *address*; OptionError when it cannot be had.
+
+    *find* gives the object with an id, or None.
+    """
+    if not options.parameter("tls-creds"):
+        return None
+    from .tls import client_for
+
+    return client_for(options, find, address)
+
+
+def tls_of_destination(options: MigrationOptions, find: FindObject) -> TlsServer | None:
+    """What the destination's parameters say about TLS; OptionError when it cannot be had."""
+    if not options.parameter("tls-creds"):
+        return None
+    from .tls import server_for
+
+    return server_for(options, find)
+
+
+def no_object(object_id: str) -> Any:
+    """A finder where there are no objects."""
+
+
+def _open_outgoing(address: Address, quit_fd: int, take_fd: TakeFd, open_path: OpenPath) -> Channel:
     if isinstance(address, FdAddress):
         return channel_from_fd(str(address), take_fd(address.name), quit_fd)
     if isinstance(address, ExecAddress):
         return ExecChannel(address, quit_fd)
     assert isinstance(address, FileAddress)
-    return open_outgoing_file(address, quit_fd)
+    return open_outgoing_file(address, quit_fd, open_path)
 
 
-def incoming(address: Address, quit_fd: int, take_fd: TakeFd) -> Listener:
-    """A listener on *address*, bound; ChannelError when that fails."""
-    if isinstance(address, InetAddress):
-        return SocketListener(_bind_inet(address), address, quit_fd)
-    if isinstance(address, UnixAddress):
-        return SocketListener(_bind_unix(address), address, quit_fd)
+def incoming(
+    address: Address,
+    quit_fd: int,
+    take_fd: TakeFd,
+    *,
+    tls: Callable[[], TlsServer | None] = no_tls,
+    open_path: OpenPath = no_path,
+) -> Listener:
+    """A listener on *address*, bound; ChannelError when that fails.
+
+    *tls* is asked anew for each connection: parameters may be set after the listener was made.
+    """
+    if isinstance(address, InetAddress | UnixAddress | VsockAddress):
+        return SocketListener(bind(address), address, quit_fd, tls)
     if isinstance(address, FdAddress):
-        return Listener(channel_from_fd(str(address), _incoming_fd(address, take_fd), quit_fd))
+        return _listen_on_fd(address, quit_fd, take_fd, tls)
     if isinstance(address, ExecAddress):
-        return Listener(ExecChannel(address, quit_fd))
-    return Listener(open_incoming_file(address, quit_fd))
+        return Listener(ExecChannel(address, quit_fd), tls)
+    return Listener(open_incoming_file(address, quit_fd, open_path), tls)
+
+
+def _listen_on_fd(address: FdAddress, quit_fd: int, take_fd: TakeFd, tls: Callable[[], TlsServer | None]) -> Listener:
+    """A listening socket takes connections, anything else is the connection."""
+    fd = _incoming_fd(address, take_fd)
+    if not is_listening(fd):
+        return Listener(channel_from_fd(str(address), fd, quit_fd), tls)
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return SocketListener([sock], address, quit_fd, tls)
 
 
 def _incoming_fd(address: FdAddress, take_fd: TakeFd) -> int:
     """A number is an inherited descriptor, anything else a name given before."""
     if not address.name.isdigit():
         return take_fd(address.name)
-    number = int(address.name)
+    number = int(address.name[:10])
     try:
         mode = os.fstat(number).st_mode
     except (OSError, OverflowError) as error:
@@ -76,14 +158,15 @@ def _incoming_fd(address: FdAddress, take_fd: TakeFd) -> int:
 class Listener:
     """Where the main channel comes from; here one that is open already."""
 
-    def __init__(self, channel: Channel | None = None) -> None:
+    def __init__(self, channel: Channel | None, tls: Callable[[], TlsServer | None] = no_tls) -> None:
         self._channel = channel
+        self._tls = tls
 
     def accept(self) -> Channel:
         """The main channel; it belongs to the caller.  May wait; MigrationCancelled when told to quit."""
         channel, self._channel = self._channel, None
         assert channel is not None, "accept() called twice"
-        return channel
+        return _encipher(channel, self._tls)
 
     def socket_addresses(self) -> list[dict[str, Any]]:
         """Where it listens, in QAPI's form (qmp.md §5); empty for what is no socket."""
@@ -97,141 +180,77 @@ class Listener:
 
 
 class SocketListener(Listener):
-    """A listening socket; the path of a unix socket goes away with it."""
+    """Listening sockets; the path of a unix socket goes away with them."""
 
-    def __init__(self, sock: socket.socket, address: InetAddress | UnixAddress, quit_fd: int) -> None:
-        super().__init__()
-        self._socket: socket.socket | None = sock
+    def __init__(
+        self,
+        sockets: list[socket.socket],
+        address: SocketAddress | FdAddress,
+        quit_fd: int,
+        tls: Callable[[], TlsServer | None] = no_tls,
+    ) -> None:
+        super().__init__(None, tls)
+        self._sockets = sockets
         self._address = address
         self._quit_fd = quit_fd
-        self._addresses = [_socket_address(sock)]
+        self._addresses = [describe_socket(sock) for sock in sockets]
+        self._reception: Reception | None = None
 
-    def accept(self) -> Channel:
-        assert self._socket is not None
+    def accept(self, *, speaks: bool = True) -> Channel:
+        """The next channel; with TLS one whose peer has proved who it is.
+
+        *speaks*: the peer sends the first byte.  With TLS, a peer that leaves before that is as good as none.
+        """
         while True:
-            wait_ready(self._socket.fileno(), select.POLLIN, self._quit_fd)
-            try:
-                connection, _ = self._socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue  # the peer has gone again
-            if isinstance(self._address, InetAddress) and self._address.keep_alive:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return SocketChannel(str(self._address), connection, self._quit_fd)
+            if self._reception is not None and (enciphered := self._reception.take()) is not None:
+                return enciphered
+            connection = self._next_connection()
+            if connection is None:
+                continue
+            server = self._server_for(connection)
+            if server is None:
+                return connection
+            self._receive(connection, server, speaks)
+
+    def _next_connection(self) -> Channel | None:
+        """Wait for something; a connection when that was one, else None after a step of some handshake."""
+        listening = {sock.fileno(): sock for sock in self._sockets}
+        handshakes = self._reception.waits() if self._reception is not None else {}
+        ready = wait_any(dict.fromkeys(listening, select.POLLIN) | handshakes, self._quit_fd)
+        if self._reception is not None:
+            self._reception.advance(ready)
+        arrived = next((listening[fd] for fd in ready if fd in listening), None)
+        if arrived is None:
+            return None
+        try:
+            connection, _ = arrived.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None  # the peer has gone again
+        return SocketChannel(str(self._address), connection, self._quit_fd)
+
+    def _server_for(self, connection: Channel) -> TlsServer | None:
+        try:
+            return self._tls()
+        except BaseException:
+            connection.close()
+            raise
+
+    def _receive(self, connection: Channel, server: TlsServer, speaks: bool) -> None:
+        if self._reception is None:
+            from .tls import Reception
+
+            self._reception = Reception()
+        self._reception.admit(connection, server, speaks=speaks)
 
     def socket_addresses(self) -> list[dict[str, Any]]:
-        return self._addresses if self._socket is not None else []
+        return self._addresses if self._sockets else []
 
     def close(self) -> None:
-        sock, self._socket = self._socket, None
-        if sock is None:
-            return
-        sock.close()
-        if isinstance(self._address, UnixAddress):
-            _unlink_socket(self._address.path)
-
-
-def _resolve(address: InetAddress, *, passive: bool) -> list[tuple[Any, ...]]:
-    family = socket.AF_UNSPEC
-    if address.ipv4 is not None or address.ipv6 is not None:
-        ipv4 = address.ipv4 if address.ipv4 is not None else not address.ipv6
-        ipv6 = address.ipv6 if address.ipv6 is not None else not address.ipv4
-        family = socket.AF_UNSPEC if ipv4 and ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
-    flags = socket.AI_PASSIVE if passive else 0
-    try:
-        # as text an ordinary name, too, would go through the tables of international ones: milliseconds, the first time
-        host = address.host.encode("ascii" if address.host.isascii() else "idna")
-        return socket.getaddrinfo(host or None, address.port, family, socket.SOCK_STREAM, 0, flags)
-    except (socket.gaierror, UnicodeError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
-        raise ChannelError(f"address resolution failed for {address}: {reason}", channel=str(address)) from error
-
-
-def _connect(address: InetAddress | UnixAddress, quit_fd: int) -> Channel:
-    targets: list[tuple[Any, Any]]
-    if isinstance(address, UnixAddress):
-        targets = [(socket.AF_UNIX, address.path)]
-    else:
-        targets = [(entry[0], entry[4]) for entry in _resolve(address, passive=False)]
-    reason = 0
-    for family, target in targets:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            reason = _try_connect(sock, target, quit_fd)
-        except BaseException:
+        sockets, self._sockets = self._sockets, []
+        for sock in sockets:
             sock.close()
-            raise
-        if reason == 0:
-            if isinstance(address, InetAddress) and address.keep_alive:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return SocketChannel(str(address), sock, quit_fd)
-        sock.close()
-    text = f"Failed to connect to '{address}': {os.strerror(reason)}"
-    raise ChannelError(text, channel=str(address), errno=reason)
-
-
-def _try_connect(sock: socket.socket, target: Any, quit_fd: int) -> int:
-    """Connect without blocking the quit event; returns 0 or the errno."""
-    sock.setblocking(False)
-    try:
-        sock.connect(target)
-        return 0
-    except BlockingIOError:
-        wait_ready(sock.fileno(), select.POLLOUT, quit_fd)
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    except OSError as error:
-        if error.errno is None:  # a path that is too long never gets as far as the kernel
-            raise ChannelError(f"Failed to connect to '{target}': {error}", channel=str(target)) from error
-        return error.errno
-
-
-def _bind_inet(address: InetAddress) -> socket.socket:
-    reason: OSError | None = None
-    for family, kind, protocol, _, (host, port, *_rest) in _resolve(address, passive=True):
-        for candidate in range(port, (address.to or port) + 1):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind((host, candidate))
-                sock.listen(1)
-                sock.setblocking(False)
-                return sock
-            except OSError as error:
-                sock.close()
-                reason = error
-    assert reason is not None
-    text = f"Failed to find an available port for {address}: {os.strerror(reason.errno or 0)}"
-    raise ChannelError(text, channel=str(address), errno=reason.errno) from reason
-
-
-def _bind_unix(address: UnixAddress) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _unlink_socket(address.path)
-        sock.bind(address.path)
-        sock.listen(1)
-        sock.setblocking(False)
-        return sock
-    except OSError as error:
-        sock.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        text = f"Failed to bind socket to {address.path}: {reason}"
-        raise ChannelError(text, channel=address.path, errno=error.errno) from error
-
-
-def _unlink_socket(path: str) -> None:
-    """Remove a socket that an earlier listener left; anything else at that path stays."""
-    try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
-    except OSError:
-        pass  # nothing there: bind() says what is wrong, if anything is
-
-
-def _socket_address(sock: socket.socket) -> dict[str, Any]:
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return {"type": "unix", "path": name}
-    version = "ipv6" if sock.family == socket.AF_INET6 else "ipv4"
-    return {"type": "inet", "host": name[0], "port": str(name[1]), version: True}
+        if sockets and isinstance(self._address, UnixAddress):
+            remove_path(self._address)
+        if self._reception is not None:
+            self._reception.close()
+            self._reception = None

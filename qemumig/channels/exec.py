@@ -36,6 +36,9 @@ class ExecChannel(Channel):
         read_fd, write_fd = self._child.stdout.fileno(), self._child.stdin.fileno()
         super().__init__("command", str(address), read_fd, write_fd, quit_fd, can_return=False)
 
+    def is_two_way(self) -> bool:
+        return True
+
     def close(self) -> None:
         """Close both pipes and wait for the child; one that goes on after the quit event is set is ended."""
         assert self._child.stdin and self._child.stdout

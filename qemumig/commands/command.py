@@ -5,11 +5,14 @@ Out   the handler's keyword arguments, or CommandError with the text QEMU uses
 
     Command("migrate-set-capabilities", handler, (Argument("capabilities", ListOf(Struct(
         Argument("capability", Enum(NAMES)), Argument("state", BOOL)))),))
+    Command("query-name", handler, returns=Struct(Argument("name", STR, optional=True)))
+    Event("MIGRATION", Argument("status", Enum(STATUSES)))
 
 A handler gets the members of `arguments` as keywords, dashes turned into underscores; optional members that the
 client left out are not passed.  Nested objects stay dictionaries with the spelling of the wire.  A handler is a
 function or a coroutine function; it is called on the thread of the event loop and returns a JSON value, or None for
-an empty object.
+an empty object.  What a command returns and an event carries is declared with the same types: schema.py tells it to
+clients, tests hold the handlers to it.
 
 Threads   `call` runs where the monitor runs.  An Emit may be called from any thread.
 Holds     (1) a handler never sees a member that was not declared, nor a value outside its type
@@ -67,6 +70,7 @@ class Simple:
         return value
 
 
+@dataclass(frozen=True)
 class StrOrNull:
     """A string, or null, which means the empty string."""
 
@@ -78,6 +82,7 @@ class StrOrNull:
         return value
 
 
+@dataclass(frozen=True)
 class Anything:
     """Any JSON value."""
 
@@ -87,26 +92,45 @@ class Anything:
 
 @dataclass(frozen=True)
 class Integer:
-    """An integer in [minimum, maximum]; a negative one wraps modulo 2^64 where *wraps* says so, as QEMU does."""
+    """An unsigned integer up to *maximum*; a negative one wraps modulo 2^64 where *wraps* says so, as QEMU does."""
 
-    minimum: int
     maximum: int
     range_word: str  # said when the number is too small or too big
-    type_word: str  # said when it is no integer at all
     wraps: bool = False
 
     def check(self, value: Any, path: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise CommandError(f"Parameter '{path}' expects {self.type_word}")
+            raise CommandError(f"Parameter '{path}' expects uint64")
         if self.wraps and INT64_MIN <= value < 0:
             value &= UINT64_MAX
-        if not self.minimum <= value <= self.maximum:
-            raise CommandError(f"Parameter '{path}' expects {self.range_word}")
+        if not 0 <= value <= self.maximum:
+            place = path if self.wraps else leaf(path)
+            raise CommandError(f"Parameter '{place}' expects {self.range_word}")
+        return value
+
+
+@dataclass(frozen=True)
+class Signed:
+    """An integer of 64 bits; one that does not fit is none at all."""
+
+    def check(self, value: Any, path: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not INT64_MIN <= value <= INT64_MAX:
+            raise wrong_type(path, "integer")
+        return value
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number with or without a fraction."""
+
+    def check(self, value: Any, path: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise wrong_type(path, "number")
         return value
 
 
 def _unsigned(bits: int) -> Integer:
-    return Integer(0, (1 << bits) - 1, f"uint{bits}_t", "uint64")
+    return Integer((1 << bits) - 1, f"uint{bits}_t")
 
 
 STR = Simple(str, "string")
@@ -116,19 +140,20 @@ STR_OR_NULL = StrOrNull()
 UINT8 = _unsigned(8)
 UINT16 = _unsigned(16)
 UINT32 = _unsigned(32)
-UINT64 = Integer(0, UINT64_MAX, "uint64", "uint64", wraps=True)
+UINT64 = Integer(UINT64_MAX, "uint64", wraps=True)
 SIZE = UINT64
-INT = Integer(INT64_MIN, INT64_MAX, "integer", "integer")
+INT = Signed()
+NUMBER = Number()
 
 
 @dataclass(frozen=True)
 class Enum:
-    """One of a fixed set of strings."""
+    """One of a few strings, in QEMU's order."""
 
-    values: frozenset[str]
+    values: tuple[str, ...]
 
     def __init__(self, values: Iterable[str]) -> None:
-        object.__setattr__(self, "values", frozenset(values))
+        object.__setattr__(self, "values", tuple(values))
 
     def check(self, value: Any, path: str) -> str:
         if not isinstance(value, str):
@@ -166,7 +191,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Struct:
-    """An object with declared members; with *variants* the value of member *tag* chooses further ones.
+    """An object with declared members; with *variants* the value of member *tag*, an Enum, chooses further ones.
 
     A tag value without an entry in *variants* adds no members.
     """
@@ -211,18 +236,45 @@ def member_path(path: str, name: str) -> str:
 Handler = Callable[..., Any]
 
 
+NOTHING = Struct()  # what a command returns that has nothing to say
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event: its name, and the members of its data."""
+
+    name: str
+    data: Struct
+
+    def __init__(self, name: str, *members: Argument) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "data", Struct(*members))
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, who does it, what it takes, and whether it may overtake others (`exec-oob`)."""
+    """A command: its name, who does it, what it takes and gives.
+
+    *oob*: it may overtake others (`exec-oob`).  *leaves_with_client*: it is worth nothing to anybody but the client that
+    asked, and is given up when that goes away.
+    """
 
     name: str
     handler: Handler
-    arguments: tuple[Argument, ...] = ()
+    arguments: tuple[Argument, ...] | Struct = ()
+    returns: Type = NOTHING
     oob: bool = False
+    leaves_with_client: bool = False
+    features: tuple[str, ...] = ()
+
+    @property
+    def takes(self) -> Struct:
+        """The arguments as one object."""
+        return self.arguments if isinstance(self.arguments, Struct) else Struct(*self.arguments)
 
     def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The handler's keywords for the client's *arguments*; CommandError names the first that is wrong."""
-        checked = Struct(*self.arguments).check(arguments, "")
+        checked = self.takes.check(arguments, "")
         return {name.replace("-", "_"): value for name, value in checked.items()}
 
     async def call(self, arguments: dict[str, Any]) -> Any:

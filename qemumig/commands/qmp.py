@@ -6,6 +6,7 @@ Threads   everything here runs on the control loop's thread; what may wait is ha
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,63 +14,23 @@ from ..channels.address import Address, FdAddress, parse_channels, parse_uri
 from ..destination.incoming import IncomingMigration
 from ..errors import OptionError, StateError
 from ..machine import Machine
-from ..options import CAPABILITIES, PARAMETERS, MigrationOptions, Parameter
-from ..qapi import MigrationStatus
+from ..options import MigrationOptions
+from ..qapi import MigrationStatus, RunState
 from ..source.migration import Migration
-from .command import (
-    BOOL,
-    SIZE,
-    STR,
-    STR_OR_NULL,
-    UINT8,
-    UINT32,
-    UINT64,
-    Argument,
-    Command,
-    Emit,
-    Enum,
-    ListOf,
-    Struct,
-    Type,
+from .command import BOOL, INT, STR, Argument, Command, CommandError, Emit
+from .types import (
+    CAPABILITY_STATES,
+    CHANNELS,
+    MIGRATION_INFO,
+    MIGRATION_THREADS,
+    PARAMETERS_SHOWN,
+    PARAMETERS_TO_SET,
+    STATUS,
 )
+from .yank import shut_channels
 
-CAPABILITY_NAMES = tuple(capability.name for capability in CAPABILITIES)
-CAPABILITY_STATUS = Struct(Argument("capability", Enum(CAPABILITY_NAMES)), Argument("state", BOOL))
-MIGRATION_ADDRESS = Struct(
-    Argument("transport", Enum(("socket", "exec", "rdma", "file"))),
-    tag="transport",
-    variants={
-        "socket": Struct(
-            Argument("type", Enum(("inet", "unix", "vsock", "fd"))),
-            tag="type",
-            variants={
-                "inet": Struct(
-                    Argument("host", STR),
-                    Argument("port", STR),
-                    Argument("to", UINT32, optional=True),
-                    Argument("ipv4", BOOL, optional=True),
-                    Argument("ipv6", BOOL, optional=True),
-                    Argument("keep-alive", BOOL, optional=True),
-                ),
-                "unix": Struct(Argument("path", STR)),
-                "vsock": Struct(Argument("cid", STR), Argument("port", STR)),
-                "fd": Struct(Argument("str", STR)),
-            },
-        ),
-        "exec": Struct(Argument("args", ListOf(STR))),
-        "rdma": Struct(Argument("host", STR), Argument("port", STR)),
-        "file": Struct(Argument("filename", STR), Argument("offset", UINT64)),
-    },
-)
-CHANNELS = ListOf(Struct(Argument("channel-type", Enum(("main", "cpr"))), Argument("addr", MIGRATION_ADDRESS)))
-KINDS: dict[str, Type] = {
-    "uint8": UINT8,
-    "uint32": UINT32,
-    "uint64": UINT64,
-    "size": SIZE,
-    "bool": BOOL,
-    "StrOrNull": STR_OR_NULL,
-}
+INCOMING_ENDED = frozenset({MigrationStatus.NONE, MigrationStatus.FAILED, MigrationStatus.COMPLETED})
+LISTED_THREADS = ("mig/src/main", "mig/src/send_")
 
 
 class MigrationCommands:
@@ -89,7 +50,8 @@ class MigrationCommands:
         take_fd: Callable[[str], int],
         exit_process: Callable[[int, str], None],
     ) -> None:
-        self._options = options
+        self._machine = machine
+        self.options = options
         self._source = Migration(machine, options, emit=emit, take_fd=take_fd)
         self._destination = IncomingMigration(
             machine,
@@ -104,23 +66,23 @@ class MigrationCommands:
         """What a monitor may ask of a migration."""
         where = (Argument("uri", STR, optional=True), Argument("channels", CHANNELS, optional=True))
         outgoing = (*where, Argument("detach", BOOL, optional=True), Argument("resume", BOOL, optional=True))
+        incoming = (*where, Argument("exit-on-error", BOOL, optional=True))
         return [
             Command("migrate", self.migrate, outgoing),
-            Command("migrate-incoming", self.migrate_incoming, (*where, Argument("exit-on-error", BOOL, optional=True))),
+            Command("migrate-incoming", self.migrate_incoming, incoming),
             Command("migrate_cancel", self.migrate_cancel),
-            Command("query-migrate", self.query_migrate),
+            Command("migrate-continue", self.migrate_continue, (Argument("state", STATUS),)),
+            Command("query-migrate", self.query_migrate, returns=MIGRATION_INFO),
             Command(
                 "migrate-set-capabilities",
                 self.migrate_set_capabilities,
-                (Argument("capabilities", ListOf(CAPABILITY_STATUS)),),
+                (Argument("capabilities", CAPABILITY_STATES),),
             ),
-            Command("query-migrate-capabilities", self.query_migrate_capabilities),
-            Command(
-                "migrate-set-parameters",
-                self.migrate_set_parameters,
-                tuple(Argument(parameter.name, _type_of(parameter), optional=True) for parameter in PARAMETERS),
-            ),
-            Command("query-migrate-parameters", self.query_migrate_parameters),
+            Command("query-migrate-capabilities", self.query_migrate_capabilities, returns=CAPABILITY_STATES),
+            Command("migrate-set-parameters", self.migrate_set_parameters, PARAMETERS_TO_SET),
+            Command("query-migrate-parameters", self.query_migrate_parameters, returns=PARAMETERS_SHOWN),
+            Command("query-migrationthreads", query_migration_threads, returns=MIGRATION_THREADS, features=("deprecated",)),
+            Command("client_migrate_info", client_migrate_info, CLIENT_INFO),
         ]
 
     # ---- for the command line ----
@@ -135,6 +97,15 @@ class MigrationCommands:
     def set_autostart(self, autostart: bool) -> None:
         """What `stop` and `cont` do while the guest is on its way."""
         self._destination.set_autostart(autostart)
+
+    @property
+    def is_under_way(self) -> bool:
+        """True while an outgoing or incoming migration has, or waits for, a connection."""
+        return self._source.is_running or self._destination.status not in INCOMING_ENDED
+
+    def yank(self) -> None:
+        """Break the connection of the migration that is under way, as if the network had (state-machine.md §6)."""
+        shut_channels(self._source, self._destination)
 
     async def close(self) -> None:
         """End both sides and join their threads."""
@@ -158,11 +129,21 @@ class MigrationCommands:
     async def migrate_incoming(
         self, uri: str | None = None, channels: list[dict[str, Any]] | None = None, exit_on_error: bool = True
     ) -> None:
+        if self._destination.status not in (MigrationStatus.NONE, MigrationStatus.FAILED):
+            raise StateError("The incoming migration has already been started", state=self._destination.status)
+        if self._machine.runstate is not RunState.INMIGRATE:
+            raise StateError("'-incoming' was not specified on the command line", state=self._machine.runstate)
         address = _address(uri, channels, incoming=True)
         await asyncio.to_thread(self._destination.listen, address, exit_on_error=exit_on_error)
 
     def migrate_cancel(self) -> None:
         self._source.cancel()
+
+    def migrate_continue(self, state: str) -> None:
+        """Go on from *state*; only a migration that has stopped there waits for this."""
+        current = self._source.status.value
+        if current != state:
+            raise StateError(f"Migration not in expected state: {current}", state=current, required=state)
 
     def query_migrate(self) -> dict[str, Any]:
         if self._source.status is MigrationStatus.NONE:
@@ -172,20 +153,41 @@ class MigrationCommands:
     def migrate_set_capabilities(self, capabilities: list[dict[str, Any]]) -> None:
         if self._source.is_running:
             raise StateError("There's a migration process in progress", state=self._source.status)
-        self._options.set_capabilities((entry["capability"], entry["state"]) for entry in capabilities)
+        self.options.set_capabilities((entry["capability"], entry["state"]) for entry in capabilities)
 
     def query_migrate_capabilities(self) -> list[dict[str, Any]]:
-        return [{"state": state, "capability": name} for name, state in self._options.capabilities().items()]
+        return [{"state": state, "capability": name} for name, state in self.options.capabilities().items()]
 
     def migrate_set_parameters(self, **parameters: Any) -> None:
-        self._options.set_parameters({name.replace("_", "-"): value for name, value in parameters.items()})
+        self.options.set_parameters({name.replace("_", "-"): value for name, value in parameters.items()})
 
     def query_migrate_parameters(self) -> dict[str, Any]:
-        return self._options.parameters()
+        return self.options.parameters()
 
 
-def _type_of(parameter: Parameter) -> Type:
-    return Enum(parameter.values) if parameter.kind == "enum" else KINDS[parameter.kind]
+CLIENT_INFO = (
+    Argument("protocol", STR),
+    Argument("hostname", STR),
+    Argument("port", INT, optional=True),
+    Argument("tls-port", INT, optional=True),
+    Argument("cert-subject", STR, optional=True),
+)
+
+
+def client_migrate_info(protocol: str, **_where: Any) -> None:
+    """Tell a SPICE client where the guest goes; there is no SPICE here."""
+    if protocol != "spice":
+        raise CommandError("Parameter 'protocol' expects 'spice'")
+    raise CommandError("SPICE is not in use", "DeviceNotActive")
+
+
+def query_migration_threads() -> list[dict[str, Any]]:
+    """The threads of the outgoing migration that runs, by the names the system shows."""
+    return [
+        {"name": thread.name, "thread-id": thread.native_id}
+        for thread in threading.enumerate()
+        if thread.name.startswith(LISTED_THREADS) and thread.native_id is not None
+    ]
 
 
 def _address(uri: str | None, channels: list[dict[str, Any]] | None, *, incoming: bool) -> Address:

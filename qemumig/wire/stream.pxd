@@ -40,8 +40,18 @@ cdef inline void put_be64(uint8_t *p, uint64_t value) noexcept nogil:
         p[i] = <uint8_t> (value >> (56 - 8 * i))
 
 
+cdef int wait_for(int fd, short events, int quit_fd) noexcept nogil
+
+
+cdef class Carrier:
+    cdef int send(self, const iovec *iov, int count, size_t *sent) noexcept nogil
+    cdef int receive(self, const iovec *iov, int count, size_t *received) noexcept nogil
+    cdef str failure(self)
+
+
 cdef class OutputStream:
     cdef readonly object channel      # keeps the descriptors open
+    cdef Carrier carrier              # None: the descriptors take the bytes as they are
     cdef int fd
     cdef int quit_fd
     cdef int error                    # errno of the first failed write; 0 while all is well
@@ -57,11 +67,14 @@ cdef class OutputStream:
     cdef int put_reference(self, const void *data, size_t length) noexcept nogil
     cdef int flush_pending(self) noexcept nogil
     cdef int append(self, const void *data, size_t length) noexcept nogil
+    cdef int send(self, const iovec *iov, int count, size_t *sent) noexcept nogil
+    cdef str reason(self)
     cdef int raise_on(self, int status) except -1
 
 
 cdef class InputStream:
     cdef readonly object channel
+    cdef Carrier carrier
     cdef int fd
     cdef int quit_fd
     cdef int error
@@ -74,4 +87,5 @@ cdef class InputStream:
     cdef int receive(self, iovec *iov, int count, size_t *received) noexcept nogil
     cdef int ensure(self, size_t length) noexcept nogil
     cdef int read_into(self, void *target, size_t length) noexcept nogil
+    cdef str reason(self)
     cdef int raise_on(self, int status, str what) except -1

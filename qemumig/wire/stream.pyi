@@ -1,5 +1,8 @@
 from typing import Any
 
+class Carrier:
+    """What a channel's bytes go through when its descriptors do not carry them as they are; compiled rooms make them."""
+
 class OutputStream:
     """Bytes towards *channel*: an object with `write_fd`, `quit_fd` (an eventfd), `kind` and `name`.
 

@@ -8,7 +8,8 @@
     iov     [b][page A][b][page B][b··················· b][page C]      pages stay where the guest has them
 
 The descriptors are non-blocking.  A stream that has to wait polls its own descriptor and the channel's quit event, so
-that a cancel wakes it wherever it sleeps.
+that a cancel wakes it wherever it sleeps.  A channel whose descriptors do not carry the bytes as they are (TLS) brings a
+Carrier, and the streams hand their lists to that instead.
 
 Threads   one thread at a time per stream; `offset` may be read by anyone.
 Holds     (1) what was put by reference is read when it is written, not when it is put
@@ -18,7 +19,7 @@ Holds     (1) what was put by reference is read when it is written, not when it 
 
 import os
 
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
@@ -66,11 +67,29 @@ cdef int wait_for(int fd, short events, int quit_fd) noexcept nogil:
             return STREAM_OK
 
 
+cdef class Carrier:
+    """Takes the place of writev and readv; it does its own waiting, like the streams.  A subclass overrides all three.
+
+    `send` and `receive` move some bytes, at least one, and say how many; both may run at once, each in one thread.
+    """
+
+    cdef int send(self, const iovec *iov, int count, size_t *sent) noexcept nogil:
+        return STREAM_FAILED
+
+    cdef int receive(self, const iovec *iov, int count, size_t *received) noexcept nogil:
+        return STREAM_FAILED
+
+    cdef str failure(self):
+        """Why it failed, as the end of a sentence."""
+        return "this carrier carries nothing"
+
+
 cdef class OutputStream:
     """Bytes towards *channel*: an object with `write_fd`, `quit_fd` (an eventfd) and `kind` (for messages)."""
 
     def __cinit__(self, channel):
         self.channel = channel
+        self.carrier = getattr(channel, "carrier", None)
         self.fd = channel.write_fd
         self.quit_fd = channel.quit_fd
         self.capacity = OUTPUT_CAPACITY
@@ -117,32 +136,47 @@ cdef class OutputStream:
                 return status
         return self.append(data, length)
 
+    cdef int send(self, const iovec *iov, int count, size_t *sent) noexcept nogil:
+        """One writev, after waiting for it to be possible."""
+        cdef ssize_t written
+        cdef int status
+        if self.carrier is not None:
+            status = self.carrier.send(iov, count, sent)
+            if status == STREAM_FAILED:
+                self.error = EIO
+            return status
+        while True:
+            written = writev(self.fd, iov, count)
+            if written >= 0:
+                sent[0] = written
+                return STREAM_OK
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                self.error = errno
+                return STREAM_FAILED
+            status = wait_for(self.fd, POLLOUT, self.quit_fd)
+            if status != STREAM_OK:
+                if status == STREAM_FAILED:
+                    self.error = errno
+                return status
+
     cdef int flush_pending(self) noexcept nogil:
         cdef int first = 0, status
-        cdef ssize_t written
+        cdef size_t sent = 0
         if self.error:
             return STREAM_FAILED
         while first < self.iov_count:
-            written = writev(self.fd, &self.iov[first], self.iov_count - first)
-            if written < 0:
-                if errno == EINTR:
-                    continue
-                if errno != EAGAIN:
-                    self.error = errno
-                    return STREAM_FAILED
-                status = wait_for(self.fd, POLLOUT, self.quit_fd)
-                if status != STREAM_OK:
-                    if status == STREAM_FAILED:
-                        self.error = errno
-                    return status
-                continue
-            self.pending -= written
-            while first < self.iov_count and <size_t> written >= self.iov[first].iov_len:
-                written -= self.iov[first].iov_len
+            status = self.send(&self.iov[first], self.iov_count - first, &sent)
+            if status != STREAM_OK:
+                return status
+            self.pending -= sent
+            while first < self.iov_count and sent >= self.iov[first].iov_len:
+                sent -= self.iov[first].iov_len
                 first += 1
-            if written:
-                self.iov[first].iov_base = <uint8_t *> self.iov[first].iov_base + written
-                self.iov[first].iov_len -= written
+            if sent:
+                self.iov[first].iov_base = <uint8_t *> self.iov[first].iov_base + sent
+                self.iov[first].iov_len -= sent
         self.iov_count = 0
         self.used = 0
         return STREAM_OK
@@ -153,10 +187,13 @@ cdef class OutputStream:
         if status == STREAM_CANCELLED:
             raise MigrationCancelled("the migration was cancelled")
         raise ChannelError(
-            f"Unable to write to {self.channel.kind}: {os.strerror(self.error)}",
+            f"Unable to write to {self.channel.kind}: {self.reason()}",
             channel=self.channel.name,
             errno=self.error,
         )
+
+    cdef str reason(self):
+        return os.strerror(self.error) if self.carrier is None else self.carrier.failure()
 
     def write(self, const uint8_t[::1] data not None):
         """Put *data* behind what is pending; it leaves with the next flush, or when the buffer is full."""
@@ -202,6 +239,7 @@ cdef class InputStream:
 
     def __cinit__(self, channel):
         self.channel = channel
+        self.carrier = getattr(channel, "carrier", None)
         self.fd = channel.read_fd
         self.quit_fd = channel.quit_fd
         self.capacity = INPUT_CAPACITY
@@ -221,6 +259,11 @@ cdef class InputStream:
         """One readv, after waiting for it to be possible."""
         cdef ssize_t length
         cdef int status, tries = 0
+        if self.carrier is not None:
+            status = self.carrier.receive(iov, count, received)
+            if status == STREAM_FAILED:
+                self.error = EIO
+            return status
         while True:
             length = readv(self.fd, iov, count)
             if length > 0:
@@ -289,10 +332,13 @@ cdef class InputStream:
         if status == STREAM_END:
             raise StreamError(f"stream ends inside {what} at offset {place:#x}", offset=place)
         raise ChannelError(
-            f"Unable to read from {self.channel.kind}: {os.strerror(self.error)} at offset {place:#x}, inside {what}",
+            f"Unable to read from {self.channel.kind}: {self.reason()} at offset {place:#x}, inside {what}",
             channel=self.channel.name,
             errno=self.error,
         )
+
+    cdef str reason(self):
+        return os.strerror(self.error) if self.carrier is None else self.carrier.failure()
 
     def read(self, size_t length, str what="a field") -> bytes:
         """Exactly *length* bytes.

@@ -284,6 +284,64 @@ def test_pause_keeps_bytes_in_the_socket_until_resume(directory):
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_a_client_that_has_gone_during_a_pause_gives_way_where_the_front_end_lets_go(directory, end):
+    async def scenario():
+        async with running(f"unix:{directory}/s,server=on,wait=off") as (backend, listener):
+            first = await connect(directory / "s")
+            await listener.until(lambda told: told.connections == 1)
+            backend.pause()
+            first.send(b"never read")
+            first.close() if end == "close" else first.shutdown(socket.SHUT_WR)
+            second = await connect(directory / "s")
+            await listener.until(lambda told: told.connections == 2)
+            second.send(b"second")
+            await listener.until(lambda told: told.data == b"second")
+            assert listener.disconnections == 1
+            first.close()
+            second.close()
+
+    asyncio.run(scenario())
+
+
+def test_without_a_next_client_one_that_closed_its_end_is_served_to_its_end(directory):
+    async def scenario():
+        async with running(f"unix:{directory}/s,server=on,wait=off") as (backend, listener):
+            client = await connect(directory / "s")
+            await listener.until(lambda told: told.connections == 1)
+            backend.pause()
+            client.send(b"last words")
+            client.shutdown(socket.SHUT_WR)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            backend.resume()
+            await listener.until(lambda told: told.data == b"last words")
+            await listener.until(lambda told: told.disconnections == 1)
+            client.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_front_end_that_does_not_let_go_reads_all_of_a_client_before_the_next(directory):
+    async def scenario():
+        async with running(f"unix:{directory}/s,server=on,wait=off") as (backend, listener):
+            backend.front_end.lets_go = False
+            first = await connect(directory / "s")
+            await listener.until(lambda told: told.connections == 1)
+            backend.pause()
+            first.send(b"first")
+            first.close()
+            second = await connect(directory / "s")
+            second.send(b"second")
+            for _ in range(5):
+                await asyncio.sleep(0)
+            backend.resume()
+            await listener.until(lambda told: told.data == b"firstsecond")
+            second.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_device_that_only_wants_bytes_may_pause_for_a_while(directory):
     async def scenario():
         backend = from_device(f"unix:{directory}/s,server=on,wait=off", "c0")

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm import keyval
+from kvm.config import Chipset
 from kvm.cpuid import CpuModel
 from kvm.keyval import UsageError
 from kvm.options import CPU_MODELS, OPTIONS, HelpRequested, help_text, parse
@@ -101,15 +102,36 @@ class TestMeaning:
         assert not arguments.machine_switch("isa-serial", True)
         assert arguments.kernel_irqchip == "on"
 
-    @pytest.mark.parametrize("value", ["off", "auto"])
-    @pytest.mark.parametrize("device", ["acpi", "pit", "pic", "rtc", "pcie", "ioapic2"])
-    def test_a_device_that_does_not_exist_may_be_off_or_automatic(self, device, value):
-        parse([*BASE, "-M", f"{device}={value}"])
+    @pytest.mark.parametrize(
+        ("machine", "there"),
+        [
+            ("microvm", {"acpi", "ioapic2", "pit", "pic"}),
+            ("microvm,acpi=auto,ioapic2=auto,pit=auto,pic=auto,rtc=auto", {"acpi", "ioapic2", "pit", "pic"}),
+            ("microvm,rtc=on", {"acpi", "ioapic2", "pit", "pic", "rtc"}),
+            ("microvm,ioapic2=off", {"acpi", "pit", "pic"}),
+            ("microvm,acpi=off", {"pit", "pic"}),
+            ("microvm,acpi=off,ioapic2=on", {"pit", "pic"}),
+            ("microvm,acpi=on,pit=off,pic=off", {"acpi", "ioapic2"}),
+            (MICROVM, set()),
+        ],
+    )
+    def test_the_machine_has_what_qemus_has(self, machine, there):
+        found = parse(["-M", machine, "-bios", "guest.bin"]).chipset
+        assert {name for name in vars(found) if getattr(found, name)} == there
 
-    @pytest.mark.parametrize("device", ["acpi", "pit", "pic", "rtc", "pcie", "ioapic2", "usb"])
+    def test_of_two_words_about_a_device_the_last_one_wins(self):
+        assert parse([*BASE, "-M", "rtc=on", "-M", "acpi=on,rtc=auto"]).chipset == Chipset(acpi=True, ioapic2=True)
+
+    @pytest.mark.parametrize("device", ["acpi", "pit", "pic", "rtc", "pcie", "ioapic2"])
+    def test_a_device_is_on_or_off_or_automatic(self, device):
+        for value in ("off", "auto"):
+            parse([*BASE, "-M", f"{device}={value}"])
+        assert refusal("-M", f"{device}=yes") == [f"Parameter '{device}' does not accept value 'yes'"]
+
+    @pytest.mark.parametrize("device", ["pcie", "usb"])
     def test_a_device_that_does_not_exist_cannot_be_asked_for(self, device):
         assert refusal("-M", f"{device}=on") == [
-            f"{device}=on: this microvm has no {device} yet; leave it out or say {device}=off"
+            f"{device}=on: this microvm has no {device}; leave it out or say {device}=off"
         ]
 
     @pytest.mark.parametrize(

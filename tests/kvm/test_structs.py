@@ -34,6 +34,7 @@ SIZES = {
     "kvm_irq_routing_msi": 16,
     "kvm_irq_routing_entry": 48,
     "kvm_irq_routing": 8,
+    "kvm_msi": 32,
     "kvm_irqfd": 32,
     "kvm_ioeventfd": 64,
     "kvm_pit_config": 64,

@@ -43,6 +43,17 @@ def test_a_raised_line_asks_at_its_pin_and_at_no_other(vm: Vm) -> None:
     assert irqchip.save().irr == 0
 
 
+def test_a_level_that_was_adopted_is_not_told_but_its_end_is(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[int, int]] = []
+    irqchip = Irqchip(vm)
+    monkeypatch.setattr(vm, "irq_line", lambda gsi, level: moves.append((gsi, level)))
+    line = irqchip.line(8)
+    line.adopt(True)
+    for level in (True, False):
+        line(level)
+    assert moves == [(8, 0)]
+
+
 def test_kvm_hears_only_of_changes(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
     moves: list[tuple[int, int]] = []
     irqchip = Irqchip(vm)

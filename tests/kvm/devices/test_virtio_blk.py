@@ -209,6 +209,17 @@ def test_a_used_buffer_raises_the_line_until_it_is_acknowledged(bench: Bench) ->
     assert (bench.read(INTERRUPT_STATUS), bench.levels) == (0, [True, False])
 
 
+@pytest.mark.parametrize("modern", [True])  # a legacy device has one cause only
+def test_the_line_rises_anew_for_what_was_not_acknowledged(bench: Bench) -> None:
+    with bench.transport.lock:
+        bench.transport.break_down(ValueError("for a test"))
+    bench.levels.clear()
+    bench.write(INTERRUPT_ACK, 1)
+    assert (bench.read(INTERRUPT_STATUS), bench.levels) == (2, [False, True])
+    bench.write(INTERRUPT_ACK, 2)
+    assert (bench.read(INTERRUPT_STATUS), bench.levels[-1]) == (0, False)
+
+
 def test_a_driver_that_polls_is_not_interrupted(bench: Bench) -> None:
     bench.put(bench.driver.avail, NO_INTERRUPT.to_bytes(2, "little"))
     assert bench.driver.flush() == OK

@@ -8,8 +8,12 @@ import os
 import socket
 
 from kvm.chardev_options import CharDevices
+from kvm.config import MachineConfig
 from kvm.monitor.commands import MachineCommands
+from kvm.monitor.dumps import Dumps
 from kvm.monitor.events import EventHub
+from kvm.monitor.fdsets import FdSets
+from kvm.monitor.inventory import Inventory
 from kvm.monitor.qmp import QmpMonitor, session_commands
 from kvm.monitor.registry import Registry
 from qemumig.qapi import RunState
@@ -22,6 +26,7 @@ class PretendMachine:
 
     def __init__(self, hub):
         self.runstate = RunState.RUNNING
+        self.reboots = True
         self.calls = []
         self._hub = hub
 
@@ -38,8 +43,18 @@ class PretendMachine:
     def reset(self):
         self.calls.append("reset")
 
-    def read_physical(self, address, size):
+    def request_shutdown(self, guest, reason):
+        self.calls.append(("shutdown", guest, reason))
+
+    def press_power_button(self):
+        self.calls.append("power button")
+        return False
+
+    def read(self, address, size):
         return bytes((address + offset) & 0xFF for offset in range(size))
+
+    def read_virtual(self, cpu, address, size):
+        return self.read(address + 1, size) if address < 1 << 20 else None
 
     def vcpu_thread_ids(self):
         return [11, 12]
@@ -56,11 +71,22 @@ class House:
         self.autostart = []
         self.quits = 0
         self.devices = CharDevices(print)
+        self.ends = []
         self.general = MachineCommands(
-            self.machine, self.hub.emit, set_autostart=self.autostart.append, quit=self._quit, **options
+            self.machine,
+            self.hub.emit,
+            set_autostart=self.autostart.append,
+            quit=self._quit,
+            end_with_guest=self.ends.append,
+            **options,
         )
+        self.dumps = Dumps(self.machine, cpus=2)
+        self.fdsets = FdSets()
         self.registry.add(session_commands(self.registry))
-        self.registry.add(self.general.commands())
+        config = MachineConfig(cpus=2)
+        self.inventory = Inventory(self.machine, config, devices=self.devices, disks=[], memories=list)
+        for part in (self.general, self.dumps, self.fdsets, self.inventory):
+            self.registry.add(part.commands())
         self.monitors = []
         for index in range(monitors):
             backend = self.devices.add_device("-qmp", f"unix:{self.path(index)},server=on,wait=off", f"m{index}", "")
@@ -76,16 +102,16 @@ class House:
 
     async def __aenter__(self):
         self.hub.start()
-        for monitor in self.monitors:
-            monitor.start()
         await self.devices.start()
         return self
 
     async def __aexit__(self, *exception):
         await self.general.close()
+        await self.dumps.close()
         for monitor in self.monitors:
             await monitor.close()
         self.hub.stop()
+        self.fdsets.close()
         self.devices.close()
 
     async def client(self, index=0, *, negotiate=True, enable=()):

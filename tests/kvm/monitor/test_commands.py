@@ -1,8 +1,5 @@
 """kvm.monitor.commands: what any machine can be asked (qmp.md §3, §14)."""
 
-import asyncio
-import os
-
 import pytest
 
 from qemumig.qapi import RunState
@@ -90,6 +87,43 @@ def test_system_reset_resets_and_says_so(directory):
     assert (answer, calls) == ({"return": {}}, ["reset"])
 
 
+def test_where_a_reset_does_not_reset_it_ends_the_guest(directory):
+    async def scenario(house):
+        client = await house.client()
+        await client.result("set-action", reboot="shutdown")
+        await client.result("system_reset")
+        await client.result("set-action", reboot="reset")
+        await client.result("system_reset")
+        return house.machine.calls
+
+    assert serve(scenario, directory) == [("shutdown", False, "host-qmp-system-reset"), "reset"]
+
+
+def test_set_action_says_whether_the_program_ends_with_the_guest(directory):
+    async def scenario(house):
+        client = await house.client()
+        for shutdown in ("pause", "poweroff"):
+            await client.result("set-action", shutdown=shutdown, panic="none", watchdog="none")
+        await client.result("set-action")
+        return house.ends, await client.refusal("set-action", reboot="foo")
+
+    assert serve(scenario, directory) == ([False, True], "Parameter 'reboot' does not accept value 'foo'")
+
+
+def test_the_power_button_is_pressed_and_told(directory):
+    async def scenario(house):
+        client = await house.client()
+        client.send(b'{"execute": "system_powerdown"}')
+        return (await client.message())["event"], await client.message(), house.machine.calls
+
+    assert serve(scenario, directory) == ("POWERDOWN", {"return": {}}, ["power button"])
+
+
+def test_a_guest_that_cannot_suspend_cannot_be_woken(directory):
+    ((answer,), _) = ask(directory, "system_wakeup")
+    assert answer["error"]["desc"] == "wake-up from suspend is not supported by this guest"
+
+
 def test_names_and_numbers_of_the_machine(directory):
     answers, _ = ask(
         directory,
@@ -115,88 +149,8 @@ def test_a_machine_without_name_and_uuid_says_that(directory):
     assert [answer["return"] for answer in answers] == [{}, {"UUID": "00000000-0000-0000-0000-000000000000"}]
 
 
-def test_query_cpus_fast_names_the_threads(directory):
-    ((answer,), _) = ask(directory, "query-cpus-fast")
-    assert [(cpu["cpu-index"], cpu["thread-id"], cpu["target"]) for cpu in answer["return"]] == [
-        (0, 11, "x86_64"),
-        (1, 12, "x86_64"),
-    ]
-
-
 def test_query_commands_lists_what_there_is(directory):
     ((answer,), house) = ask(directory, "query-commands")
     names = [entry["name"] for entry in answer["return"]]
     assert names == house.registry.names()
     assert {"qmp_capabilities", "getfd", "closefd", "stop", "cont", "quit", "pmemsave"} <= set(names)
-
-
-# ---- pmemsave ----
-
-
-def test_pmemsave_writes_guest_memory_to_a_file(directory):
-    path = directory / "dump"
-    path.write_bytes(b"x" * 100000)
-
-    async def scenario(house):
-        return await (await house.client()).ask("pmemsave", val=5, size=3000, filename=str(path))
-
-    assert serve(scenario, directory) == {"return": {}}
-    assert path.read_bytes() == bytes((5 + offset) & 0xFF for offset in range(3000))
-
-
-def test_pmemsave_of_nothing_makes_an_empty_file(directory):
-    async def scenario(house):
-        return await (await house.client()).ask("pmemsave", val=0, size=0, filename=str(directory / "dump"))
-
-    assert serve(scenario, directory) == {"return": {}}
-    assert (directory / "dump").read_bytes() == b""
-
-
-@pytest.mark.parametrize(
-    ("name", "desc"),
-    [
-        ("{d}/no/dump", "Could not open '{d}/no/dump': No such file or directory"),
-        ("{d}", "Could not open '{d}': Is a directory"),
-        ("a\0b", "Could not open 'a\0b': embedded null byte"),
-        ("/dev/full", "writing memory to '/dev/full' failed: No space left on device"),
-    ],
-)
-def test_pmemsave_says_what_failed(directory, name, desc):
-    async def scenario(house):
-        return await (await house.client()).refusal("pmemsave", val=0, size=10, filename=name.format(d=directory))
-
-    assert serve(scenario, directory) == desc.format(d=directory)
-
-
-def test_pmemsave_to_a_fifo_waits_for_its_reader_and_holds_up_nobody_else(directory):
-    path = directory / "fifo"
-    os.mkfifo(path)
-
-    async def scenario(house):
-        first, second = await house.client(0), await house.client(1)
-        dump = asyncio.create_task(first.ask("pmemsave", val=0, size=200000, filename=str(path)))
-        assert await second.ask("stop") == {"return": {}}
-        assert await second.ask("cont") == {"return": {}}
-        assert not dump.done()
-        data = await asyncio.to_thread(path.read_bytes)
-        return await dump, data
-
-    answer, data = serve(scenario, directory, monitors=2)
-    assert answer == {"return": {}}
-    assert data == bytes(offset & 0xFF for offset in range(200000))
-
-
-def test_a_dump_without_a_reader_does_not_outlive_the_program(directory, no_leaks):
-    os.mkfifo(directory / "fifo")
-
-    async def scenario(house):
-        client = await house.client()
-        client.send(
-            b'{"execute": "pmemsave", "arguments": {"val": 0, "size": 1, "filename": "%s/fifo"}}' % bytes(directory)
-        )
-        client.send(b" ")
-        while house.monitors[0]._queue == []:
-            await asyncio.sleep(0)
-        client.close()
-
-    serve(scenario, directory)

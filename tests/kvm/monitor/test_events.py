@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from kvm.monitor import events
 from kvm.monitor.events import EventHub
 from kvm.monitor.registry import Registry
 from qemumig.commands.command import Command, CommandError
@@ -118,3 +119,48 @@ def test_an_unknown_command_is_a_command_not_found():
     with pytest.raises(CommandError, match="The command x has not been found") as caught:
         Registry().find("x")
     assert caught.value.error_class == "CommandNotFound"
+
+
+# ---- events that are limited ----
+
+
+IO_ERROR = {"device": "d0", "operation": "write", "action": "report", "reason": "No space left on device"}
+
+
+def test_only_the_last_of_many_io_errors_follows_the_first(monkeypatch):
+    monkeypatch.setattr(events, "LIMIT_S", 0.02)
+    times = []
+
+    async def scenario(hub):
+        hub.start()
+        arrived = asyncio.Event()
+        hub.subscribe(lambda message: (times.append(time.monotonic()), len(times) == 2 and arrived.set()))
+        for number in range(50):
+            hub.emit("BLOCK_IO_ERROR", {**IO_ERROR, "reason": str(number)})
+        async with asyncio.timeout(10):
+            await arrived.wait()
+
+    assert [event["data"]["reason"] for event in collected(scenario)] == ["0", "49"]
+    assert times[1] - times[0] >= 0.02
+
+
+def test_each_device_has_its_own_limit_and_a_stop_has_none():
+    async def scenario(hub):
+        hub.start()
+        hub.emit("BLOCK_IO_ERROR", IO_ERROR)
+        hub.emit("BLOCK_IO_ERROR", {**IO_ERROR, "device": "d1"})
+        for _ in range(2):
+            hub.emit("BLOCK_IO_ERROR", {**IO_ERROR, "action": "stop"})
+            hub.emit("STOP")
+
+    names = [event["event"] for event in collected(scenario)]
+    assert names == ["BLOCK_IO_ERROR"] * 3 + ["STOP"] + ["BLOCK_IO_ERROR"] + ["STOP"]
+
+
+def test_what_is_held_back_when_the_hub_stops_is_delivered():
+    async def scenario(hub):
+        hub.start()
+        for number in range(3):
+            hub.emit("RTC_CHANGE", {"offset": number})
+
+    assert [event["data"]["offset"] for event in collected(scenario)] == [0, 2]

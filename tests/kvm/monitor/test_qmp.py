@@ -10,11 +10,11 @@ import pytest
 from qemu.qmp import QMPClient
 
 from kvm import chardev
-from kvm.monitor.qmp import MAX_NAMED_DESCRIPTORS, take_fd
+from kvm.monitor.qmp import MAX_LEFT_BEHIND, MAX_NAMED_DESCRIPTORS, take_fd
 from qemumig.commands.command import ANY, Argument, Command
 from qemumig.errors import ChannelError
 
-from .harness import Client, pipe, serve
+from .harness import PATIENCE_S, Client, pipe, serve
 
 EXPECTING = "Expecting capabilities negotiation with 'qmp_capabilities'"
 
@@ -298,7 +298,7 @@ def test_input_is_read_only_while_the_queue_has_room(directory, enable, room):
             while True:
                 accepted += plain.send(request)
                 await asyncio.sleep(0)
-        assert len(house.monitors[0]._queue) == room
+        assert len(house.monitors[0]._session._queue) == room
         gate.open("a")
         for _ in range(1 + accepted // len(request)):
             assert "return" in await client.response()
@@ -320,6 +320,80 @@ def test_a_client_that_leaves_takes_its_queue_along(directory):
         return await second.ask("qmp_capabilities"), gate.order
 
     assert serve(scenario, directory) == ({"return": {}}, ["a"])
+
+
+def test_a_client_that_leaves_during_a_slow_command_does_not_hold_up_the_next(directory):
+    async def scenario(house):
+        gate = Gate(house)
+        client = await house.client()
+        client.send(wait_for("a"))
+        await gate.entered("a")
+        client.close()
+        second = await house.client()
+        answer = await second.ask("query-name")
+        gate.open("a")
+        return answer, await second.ask("query-name")
+
+    assert serve(scenario, directory) == ({"return": {}}, {"return": {}})
+
+
+def test_a_client_that_only_closed_its_sending_side_gets_its_answers_while_nobody_waits(directory):
+    async def scenario(house):
+        gate = Gate(house)
+        client = await house.client()
+        client.send(wait_for("a", 1) + wait_for("b", 2))
+        client.socket.shutdown(socket.SHUT_WR)
+        await gate.entered("a")
+        gate.open("a")
+        gate.open("b")
+        return [(await client.response())["id"] for _ in range(2)]
+
+    assert serve(scenario, directory) == [1, 2]
+
+
+def test_only_so_much_work_of_former_clients_runs_at_a_time(directory):
+    async def scenario(house):
+        gate = Gate(house)
+        for number in range(MAX_LEFT_BEHIND):
+            client = await house.client()
+            client.send(wait_for(number))
+            await gate.entered(number)
+            client.close()
+        late = await house.client(negotiate=False)
+        late.send(b'{"execute": "qmp_capabilities"}')
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not late._reader._buffer
+        gate.open(3)
+        answer = await late.response()
+        for number in range(MAX_LEFT_BEHIND):
+            gate.open(number)
+        return answer
+
+    assert serve(scenario, directory) == {"return": {}}
+
+
+def test_a_command_that_serves_its_client_alone_is_given_up_with_it(directory):
+    async def scenario(house):
+        entered, left = asyncio.Event(), asyncio.Event()
+
+        async def wait():
+            entered.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                left.set()
+
+        house.registry.add([Command("linger", wait, leaves_with_client=True)])
+        client = await house.client()
+        client.send(b'{"execute": "linger"}')
+        await entered.wait()
+        client.close()
+        await house.client()
+        async with asyncio.timeout(PATIENCE_S):
+            await left.wait()
+
+    serve(scenario, directory)
 
 
 def test_events_of_a_command_come_before_its_response(directory):

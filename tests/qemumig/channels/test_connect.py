@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qemumig.channels.address import Address, parse_uri
+from qemumig.channels import sockets
+from qemumig.channels.address import Address, UnixAddress, parse_uri
 from qemumig.channels.channel import Channel, QuitEvent
 from qemumig.channels.connect import incoming, outgoing
 from qemumig.errors import ChannelError, MigrationCancelled
@@ -121,9 +122,15 @@ def test_exec_and_file_and_fd(tmp_path: Path, quit_event: QuitEvent) -> None:
     [
         ("tcp:127.0.0.1:{port}", "Failed to connect to '127.0.0.1:{port}': Connection refused"),
         ("unix:{tmp}/none", "Failed to connect to '{tmp}/none': No such file or directory"),
-        ("unix:/" + "x" * 200, "AF_UNIX path too long"),
+        ("unix:/" + "x" * 200, "is too long"),
         ("tcp:no.such.host.invalid:1", "address resolution failed for no.such.host.invalid:1"),
         ("tcp:127.0.0.1:no-such-service", "address resolution failed"),
+        ("tcp:localhost:1,numeric", "address resolution failed for localhost:1"),
+        ("tcp:localhost:1,ipv4=off,ipv6=off", "Cannot disable IPv4 and IPv6 at same time"),
+        ("vsock:a:1", "Failed to parse cid 'a'"),
+        ("vsock:1:2:3", "Failed to parse port '2:3'"),
+        ("vsock:1:4294967296", "Failed to parse port '4294967296'"),
+        ("file:{tmp}/zero\0byte", "embedded null byte"),
         ("fd:nobody", "File descriptor named 'nobody' has not been found"),
         ("file:{tmp}/none/f", "Could not create '{tmp}/none/f': No such file or directory"),
     ],
@@ -141,6 +148,7 @@ def test_outgoing_errors(uri: str, finding: str, tmp_path: Path, quit_event: Qui
         ("unix:{tmp}/none/s", "Failed to bind socket to {tmp}/none/s: No such file or directory"),
         ("unix:{tmp}/precious", "Failed to bind socket to {tmp}/precious: Address already in use"),
         ("tcp:192.0.2.1:1", "Failed to find an available port for 192.0.2.1:1: Cannot assign requested address"),
+        ("vsock:-1:1", "Failed to parse cid '-1'"),
         ("file:{tmp}/none", "Could not open '{tmp}/none': No such file or directory"),
         ("fd:99999", "File descriptor 99999 is not open"),
     ],
@@ -160,6 +168,197 @@ def test_a_port_range_is_searched(quit_event: QuitEvent) -> None:
     assert port < int(second.socket_addresses()[0]["port"]) <= port + 20
     first.close()
     second.close()
+
+
+def test_a_listener_on_every_address_takes_both_families(quit_event: QuitEvent) -> None:
+    listener = incoming(parse_uri("tcp::0"), quit_event.fd, no_fd)
+    six, four = listener.socket_addresses()
+    assert six["host"] == "::" and six["ipv6"] and four["host"] == "0.0.0.0" and four["ipv4"]
+    for host, address in (("[::1]", six), ("127.0.0.1", six), ("127.0.0.1", four)):
+        source = connect(parse_uri(f"tcp:{host}:{address['port']}"), quit_event)
+        talk(source, listener.accept())
+    listener.close()
+
+
+def test_ipv6_alone_leaves_ipv4_to_others(quit_event: QuitEvent) -> None:
+    listener = incoming(parse_uri("tcp::0,ipv4=off"), quit_event.fd, no_fd)
+    (where,) = listener.socket_addresses()
+    assert where["host"] == "::"
+    with pytest.raises(ChannelError, match="Connection refused"):
+        connect(parse_uri(f"tcp:127.0.0.1:{where['port']}"), quit_event)
+    listener.close()
+
+
+def test_keep_alive_reaches_the_kernel_on_both_ends(quit_event: QuitEvent) -> None:
+    words = "keep-alive,keep-alive-count=4,keep-alive-idle=33,keep-alive-interval=7"
+    listener = incoming(parse_uri(f"tcp:127.0.0.1:0,{words}"), quit_event.fd, no_fd)
+    source = connect(parse_uri(f"tcp:127.0.0.1:{listener.socket_addresses()[0]['port']},{words}"), quit_event)
+    destination = listener.accept()
+    for channel in (source, destination):
+        with socket.socket(fileno=os.dup(channel.read_fd)) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            options = (socket.TCP_KEEPCNT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+            assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [4, 33, 7]
+        channel.close()
+    listener.close()
+
+
+def test_a_keep_alive_that_the_kernel_refuses_is_named(quit_event: QuitEvent) -> None:
+    finding = r"Unable to set keep-alive-count of 127.0.0.1:\d+ to 4000000000: Invalid argument"
+    words = "keep-alive,keep-alive-count=4000000000"
+    with pytest.raises(ChannelError, match=finding):
+        incoming(parse_uri(f"tcp:127.0.0.1:0,{words}"), quit_event.fd, no_fd)
+    listener = incoming(parse_uri("tcp:127.0.0.1:0"), quit_event.fd, no_fd)
+    with pytest.raises(ChannelError, match=finding):
+        connect(parse_uri(f"tcp:127.0.0.1:{listener.socket_addresses()[0]['port']},{words}"), quit_event)
+    listener.close()
+
+
+@pytest.mark.parametrize("tight", [True, False], ids=["tight", "filled-up"])
+def test_abstract_unix_sockets(tight: bool, tmp_path: Path, quit_event: QuitEvent) -> None:
+    address = UnixAddress(f"qemumig-test-{os.getpid()}", abstract=True, tight=tight)
+    listener = incoming(address, quit_event.fd, no_fd)
+    assert listener.socket_addresses() == [{"type": "unix", "path": address.path, "abstract": True}]
+    if not tight:
+        with pytest.raises(ChannelError, match="Connection refused"):
+            connect(UnixAddress(address.path, abstract=True), quit_event)
+    source = connect(address, quit_event)
+    talk(source, listener.accept())
+    listener.close()
+
+
+def test_a_full_unix_listener_is_waited_for(tmp_path: Path, quit_event: QuitEvent, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = threading.Event()
+    pause = sockets.pause
+
+    def pause_and_tell(duration_ms: int, quit_fd: int) -> None:
+        paused.set()
+        pause(duration_ms, quit_fd)
+
+    monkeypatch.setattr(sockets, "pause", pause_and_tell)
+    with socket.socket(socket.AF_UNIX) as full:
+        full.bind(f"{tmp_path}/s")
+        full.listen(0)
+        ends: list[Channel | socket.socket] = [connect(parse_uri(f"unix:{tmp_path}/s"), quit_event)]
+
+        def take() -> None:
+            paused.wait()
+            ends.extend(full.accept()[0] for _ in range(2))
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        ends.append(connect(parse_uri(f"unix:{tmp_path}/s"), quit_event))
+        thread.join()
+        for end in ends:
+            end.close()
+
+
+def test_a_listening_descriptor_takes_connections(quit_event: QuitEvent) -> None:
+    passed = socket.create_server(("127.0.0.1", 0))
+    port = passed.getsockname()[1]
+    names = {"mig": passed.detach()}
+    listener = incoming(parse_uri("fd:mig"), quit_event.fd, names.pop)
+    assert listener.socket_addresses() == [{"type": "inet", "host": "127.0.0.1", "port": str(port), "ipv4": True}]
+    source = connect(parse_uri(f"tcp:127.0.0.1:{port}"), quit_event)
+    talk(source, listener.accept())
+    listener.close()
+
+
+def test_a_plain_file_by_descriptor(tmp_path: Path, quit_event: QuitEvent) -> None:
+    """It is written from where it stands, and read from where it stands."""
+    path = tmp_path / "f"
+    path.write_bytes(b"before")
+    fd = os.open(path, os.O_RDWR | os.O_APPEND)
+    channel = outgoing(parse_uri("fd:f"), quit_event.fd, {"f": fd}.pop)()
+    out = OutputStream(channel)
+    out.write(b" and after")
+    out.flush()
+    assert not channel.can_return
+    channel.close()
+    assert path.read_bytes() == b"before and after"
+    fd = os.open(path, os.O_RDONLY)
+    os.lseek(fd, 7, os.SEEK_SET)
+    destination = incoming(parse_uri("fd:f"), quit_event.fd, {"f": fd}.pop).accept()
+    assert InputStream(destination).read(9) == b"and after"
+    destination.close()
+
+
+def test_a_path_may_mean_a_descriptor_that_somebody_keeps(tmp_path: Path, quit_event: QuitEvent) -> None:
+    (tmp_path / "kept").write_bytes(b"keep old old old")
+    asked: list[tuple[str, int]] = []
+
+    def open_path(path: str, flags: int) -> int | None:
+        asked.append((path, flags & os.O_ACCMODE))
+        return os.open(tmp_path / "kept", os.O_RDWR) if path == "/dev/fdset/7" else None
+
+    address = parse_uri("file:/dev/fdset/7,offset=5")
+    channel = outgoing(address, quit_event.fd, no_fd, open_path=open_path)()
+    out = OutputStream(channel)
+    out.write(b"new")
+    out.flush()
+    channel.close()
+    assert (tmp_path / "kept").read_bytes() == b"keep new"
+    destination = incoming(address, quit_event.fd, no_fd, open_path=open_path).accept()
+    assert InputStream(destination).read(3) == b"new"
+    destination.close()
+    assert asked == [("/dev/fdset/7", os.O_WRONLY), ("/dev/fdset/7", os.O_RDONLY)]
+
+
+def test_vsock_between_a_host_and_itself(quit_event: QuitEvent) -> None:
+    if reason := missing_vsock_loopback():
+        pytest.skip(reason)
+    listener = incoming(parse_uri(f"vsock:{socket.VMADDR_CID_ANY}:0"), quit_event.fd, no_fd)
+    (where,) = listener.socket_addresses()
+    source = connect(parse_uri(f"vsock:1:{where['port']}"), quit_event)
+    talk(source, listener.accept())
+    listener.close()
+
+
+def missing_vsock_loopback() -> str:
+    """ "" when this host's kernel lets it talk to itself over vsock, else what is missing."""
+    try:
+        with socket.socket(socket.AF_VSOCK) as server, socket.socket(socket.AF_VSOCK) as client:
+            server.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+            server.listen()
+            client.connect((1, server.getsockname()[1]))
+    except OSError as error:
+        return f"no vsock loopback ({error.strerror}); `modprobe vsock_loopback` brings it where the kernel has it"
+    return ""
+
+
+def test_vsock_listens_and_says_where(quit_event: QuitEvent) -> None:
+    try:
+        socket.socket(socket.AF_VSOCK).close()
+    except OSError as error:
+        pytest.skip(f"no vsock sockets ({error.strerror}); a kernel with them is needed")
+    listener = incoming(parse_uri(f"vsock:{socket.VMADDR_CID_ANY}:0"), quit_event.fd, no_fd)
+    (where,) = listener.socket_addresses()
+    assert where["type"] == "vsock" and where["cid"] == str(socket.VMADDR_CID_ANY) and int(where["port"]) > 0
+    listener.close()
+    with pytest.raises(ChannelError, match=r"Failed to bind socket to vsock:77:1: "):
+        incoming(parse_uri("vsock:77:1"), quit_event.fd, no_fd)
+
+
+def test_the_quit_event_ends_the_wait_for_a_name_server(monkeypatch: pytest.MonkeyPatch, quit_event: QuitEvent) -> None:
+    asked, answer = threading.Event(), threading.Event()
+    real = socket.getaddrinfo
+
+    def hanging(host: bytes, *arguments: object) -> object:
+        if host != b"slow.test":
+            return real(host, *arguments)  # type: ignore[arg-type]
+        if arguments[-1] == socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "not a number")
+        asked.set()
+        answer.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    canceller = threading.Thread(target=lambda: (asked.wait(), quit_event.set()))
+    canceller.start()
+    with pytest.raises(MigrationCancelled):
+        connect(parse_uri("tcp:slow.test:1"), quit_event)
+    canceller.join()
+    answer.set()
 
 
 @pytest.mark.parametrize("wait", ["accept", "connect"])

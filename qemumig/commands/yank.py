@@ -1,0 +1,21 @@
+"""`yank` for a migration: every connection that it has is shut down, both ways (state-machine.md §6).
+
+Its threads find that out as they would a broken network: the source fails and the guest runs on there, the destination
+fails.  While there is no connection yet there is nothing to shut.
+
+Threads   any; `Channel.shutdown` never waits.
+"""
+
+from __future__ import annotations
+
+from ..destination.incoming import IncomingMigration
+from ..source.migration import Migration
+
+
+def shut_channels(source: Migration, destination: IncomingMigration) -> None:
+    """Shut down the channels of both sides, as far as they have any."""
+    attempt = source._attempt
+    for holder in (attempt, destination):
+        channel = holder._channel if holder is not None else None
+        if channel is not None:
+            channel.shutdown()
