@@ -361,7 +361,10 @@ class Connection:
         ssl = library()
         self.expected_name = name
         parameters = ssl.SSL_get0_param(self.pointer)
-        text = name.encode("ascii" if name.isascii() else "idna")
+        try:
+            text = name.encode("ascii" if name.isascii() else "idna")
+        except UnicodeError as error:
+            raise TlsError(f"the host name '{name}' cannot be in a certificate: {error}") from error
         if is_address:
             _check(ssl.X509_VERIFY_PARAM_set1_ip_asc(parameters, text))
             return

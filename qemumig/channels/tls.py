@@ -145,11 +145,9 @@ class TlsClient:
         return self.begin(channel).wait()
 
     def begin(self, channel: Channel) -> Handshake:
-        """The handshake on *channel*, which belongs to it now."""
-        connection = _connect(self._creds, channel)
-        if self._creds.has_certificate and self._creds.verify_peer:
-            connection.expect_name(self._hostname, is_address=_is_address(self._hostname))
-        return Handshake(channel, connection, lambda connection: None)
+        """The handshake on *channel*, which belongs to it now; ChannelError when there can be none."""
+        name = self._hostname if self._creds.has_certificate and self._creds.verify_peer else ""
+        return Handshake(channel, _connect(self._creds, channel, name), lambda connection: None)
 
 
 class TlsServer:
@@ -164,7 +162,7 @@ class TlsServer:
         return self.begin(channel).wait()
 
     def begin(self, channel: Channel, *, speaks: bool = False) -> Handshake:
-        """The handshake on *channel*, which belongs to it now."""
+        """The handshake on *channel*, which belongs to it now; ChannelError when there can be none."""
         return Handshake(channel, _connect(self._creds, channel), self._authorize, speaks=speaks)
 
     def _authorize(self, connection: Connection) -> None:
@@ -241,18 +239,18 @@ def _complain(text: str) -> None:
     print(f"migration: {text}", file=sys.stderr)
 
 
-def _connect(creds: Credentials, channel: Channel) -> Connection:
+def _connect(creds: Credentials, channel: Channel, expected_name: str = "") -> Connection:
     """A connection over *channel*, which is closed when there can be none."""
     try:
         if not channel.is_two_way():
-            raise ChannelError(
-                f"TLS needs a transport that flows both ways, {channel.kind} '{channel.name}' does not",
-                channel=channel.name,
-            )
-        return Connection(creds.context, channel.read_fd, channel.write_fd)
-    except BaseException:
+            raise TlsError("it needs a transport that flows both ways")
+        connection = Connection(creds.context, channel.read_fd, channel.write_fd)
+        if expected_name:
+            connection.expect_name(expected_name, is_address=_is_address(expected_name))
+        return connection
+    except TlsError as error:
         channel.close()
-        raise
+        raise ChannelError(f"no TLS on {channel.kind} '{channel.name}': {error}", channel=channel.name) from error
 
 
 def _is_address(name: str) -> bool:

@@ -3,8 +3,8 @@
 The hotplug subsections hold one record for each slot the machine was built with.  That number is never on the wire:
 it is the length of `devs` in the fresh record that is loaded into; the minimal machine has none.
 
-11.1 knows two more, `acpi-ged/pcihp` and `acpi-ged/hest`, which no microvm can send: it does not start when its event device
-is told to plug PCI devices, and it has no error injection, whose records the other is about.
+11.1 knows two more, `acpi-ged/pcihp` and `acpi-ged/hest`, which no microvm can send: it does not start when its event
+device is told to plug PCI devices, and it has no error injection, whose records the other is about.
 """
 
 from __future__ import annotations

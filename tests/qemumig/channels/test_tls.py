@@ -201,6 +201,15 @@ def x509(path: Path, endpoint: str, **properties: Any) -> Any:
     return make("tls-creds-x509", dir=str(path), endpoint=endpoint, **properties)
 
 
+def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, quit_event: QuitEvent) -> None:
+    client, _ = certificates(tmp_path, "ü" * 300)
+    left, right = socket.socketpair()
+    with pytest.raises(ChannelError, match=r"no TLS on socket 'left': the host name 'ü+' cannot be in a certificate"):
+        client.wrap(SocketChannel("left", left, quit_event.fd))
+    assert right.recv(1) == b""
+    right.close()
+
+
 def test_a_server_of_another_authority_is_refused(tmp_path: Path, quit_event: QuitEvent) -> None:
     client = TlsClient(x509(x509_directory(tmp_path / "good"), "client"), "localhost")
     server = TlsServer(x509(strange(tmp_path / "strange"), "server", verify_peer=False), None)
@@ -415,7 +424,7 @@ def test_a_transport_that_flows_one_way_cannot_have_tls(tmp_path: Path, quit_eve
     read_end, write_end = os.pipe()
     names = {"pipe": write_end}
     for address in (FdAddress("pipe"), FileAddress(f"{tmp_path}/file")):
-        with pytest.raises(ChannelError, match="TLS needs a transport that flows both ways"):
+        with pytest.raises(ChannelError, match=r"no TLS on file '.*': it needs a transport that flows both ways"):
             outgoing(address, quit_event.fd, names.pop, tls=lambda: client)()
     os.close(read_end)
 
