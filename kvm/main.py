@@ -281,6 +281,8 @@ class Program:
             emit=self._hub.emit,
             autostart=not self._arguments.paused,
             take_fd=take_fd,
+            find_object=self._objects.find,
+            open_path=self._fdsets.open_path,
             exit_process=self.exit_from_any_thread,
         )
         self._closers.push_async_callback(control.close)

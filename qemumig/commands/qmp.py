@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address, FdAddress, parse_channels, parse_uri
+from ..channels.connect import no_object
+from ..channels.file import OpenPath, no_path
 from ..destination.incoming import IncomingMigration
 from ..errors import OptionError, StateError
 from ..machine import Machine
@@ -29,6 +31,9 @@ from .types import (
 )
 from .yank import shut_channels
 
+if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
+    from ..channels.objects import FindObject
+
 INCOMING_ENDED = frozenset({MigrationStatus.NONE, MigrationStatus.FAILED, MigrationStatus.COMPLETED})
 LISTED_THREADS = ("mig/src/main", "mig/src/send_")
 
@@ -36,8 +41,9 @@ LISTED_THREADS = ("mig/src/main", "mig/src/send_")
 class MigrationCommands:
     """Both sides of migration of *machine* behind QMP.
 
-    *take_fd* hands out a descriptor by the name that `getfd` gave it; *exit_process* is called, from any thread, with a
-    status and a sentence when an incoming migration failed that was to end the process.
+    *take_fd* hands out a descriptor by the name that `getfd` gave it, *find_object* what `object-add` made, *open_path*
+    a descriptor out of a set; *exit_process* is called, from any thread, with a status and a sentence when an incoming
+    migration failed that was to end the process.
     """
 
     def __init__(
@@ -48,16 +54,20 @@ class MigrationCommands:
         emit: Emit,
         autostart: bool = True,
         take_fd: Callable[[str], int],
+        find_object: FindObject = no_object,
+        open_path: OpenPath = no_path,
         exit_process: Callable[[int, str], None],
     ) -> None:
         self._machine = machine
         self.options = options
-        self._source = Migration(machine, options, emit=emit, take_fd=take_fd)
+        self._source = Migration(machine, options, emit=emit, take_fd=take_fd, find_object=find_object, open_path=open_path)
         self._destination = IncomingMigration(
             machine,
             options,
             emit=emit,
             take_fd=take_fd,
+            find_object=find_object,
+            open_path=open_path,
             autostart=autostart,
             on_failure=lambda message: exit_process(1, message),
         )

@@ -18,11 +18,13 @@ import select
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address
 from ..channels.channel import Channel, QuitEvent
-from ..channels.connect import Listener, incoming
+from ..channels.connect import Listener, incoming, no_object, tls_of_destination
+from ..channels.file import OpenPath, no_path
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
 from ..machine import Machine
 from ..options import MigrationOptions
@@ -33,6 +35,9 @@ from ..threads import start_thread
 from ..wire.stream import InputStream, OutputStream
 from .loader import StreamLoader
 
+if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
+    from ..channels.objects import FindObject
+
 Emit = Callable[[str, dict[str, Any] | None], None]
 
 
@@ -40,7 +45,8 @@ class IncomingMigration:
     """Incoming migration of *machine*, which waits in runstate `inmigrate`.
 
     *autostart*: whether the guest may start when the source's was running.  *on_failure* is called in the loading thread,
-    with a sentence, when a load failed that was to end the process.
+    with a sentence, when a load failed that was to end the process.  *take_fd*, *find_object*, *open_path*: as for
+    Migration.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class IncomingMigration:
         *,
         emit: Emit,
         take_fd: Callable[[str], int],
+        find_object: FindObject = no_object,
+        open_path: OpenPath = no_path,
         autostart: bool = True,
         on_failure: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -57,6 +65,8 @@ class IncomingMigration:
         self._options = options
         self._emit = emit
         self._take_fd = take_fd
+        self._tls = partial(tls_of_destination, options, find_object)
+        self._open_path = open_path
         self._on_failure = on_failure
         self._states = StatusMachine(DESTINATION, self._announce)
         self._lock = threading.Lock()  # guards autostart against the moment of the start
@@ -90,7 +100,7 @@ class IncomingMigration:
         self._join()
         quit_event = QuitEvent()
         try:
-            self._listener = incoming(address, quit_event.fd, self._take_fd)
+            self._listener = incoming(address, quit_event.fd, self._take_fd, tls=self._tls, open_path=self._open_path)
         except MigrationError:
             quit_event.close()
             raise

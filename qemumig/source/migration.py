@@ -8,11 +8,13 @@ Threads   the control loop's thread calls everything here; an attempt announces 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address
 from ..channels.channel import QuitEvent
-from ..channels.connect import outgoing
+from ..channels.connect import no_object, outgoing, tls_of_source
+from ..channels.file import OpenPath, no_path
 from ..errors import MigrationError, StateError
 from ..machine import Machine
 from ..options import MigrationOptions
@@ -21,6 +23,9 @@ from ..states import SOURCE, StatusMachine
 from .attempt import Attempt
 from .statistics import describe
 
+if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
+    from ..channels.objects import FindObject
+
 Emit = Callable[[str, dict[str, Any] | None], None]
 
 
@@ -28,14 +33,26 @@ class Migration:
     """Outgoing migrations of *machine*.
 
     *emit* sends an event (MIGRATION and MIGRATION_PASS, only with capability `events`); *take_fd* hands out a
-    descriptor by the name it was given.
+    descriptor by the name it was given, *open_path* one for a path that means a set of them; *find_object* gives the
+    objects that parameters name.
     """
 
-    def __init__(self, machine: Machine, options: MigrationOptions, *, emit: Emit, take_fd: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        options: MigrationOptions,
+        *,
+        emit: Emit,
+        take_fd: Callable[[str], int],
+        find_object: FindObject = no_object,
+        open_path: OpenPath = no_path,
+    ) -> None:
         self._machine = machine
         self._options = options
         self._emit = emit
         self._take_fd = take_fd
+        self._find_object = find_object
+        self._open_path = open_path
         self._states = StatusMachine(SOURCE, self._announce)
         self._attempt: Attempt | None = None
         self._error: MigrationError | None = None  # of a start that did not get as far as an attempt
@@ -62,7 +79,8 @@ class Migration:
         self._error = self._attempt = None
         quit_event = QuitEvent()
         try:
-            open_channel = outgoing(address, quit_event.fd, self._take_fd)
+            tls = partial(tls_of_source, self._options, self._find_object, address)
+            open_channel = outgoing(address, quit_event.fd, self._take_fd, tls=tls, open_path=self._open_path)
         except MigrationError as error:
             quit_event.close()
             self._error = error

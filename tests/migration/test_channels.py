@@ -34,19 +34,33 @@ while data := os.read(0, 65536):
 
 
 class Ends:
-    """Two machines and their migrations; descriptors that are passed wait in `fds`."""
+    """Two machines and their migrations, with options *here* and *there*.
+
+    Descriptors that are passed wait in `fds`, objects in `objects`, sets of descriptors in `paths`.
+    """
 
     def __init__(self, ram: int = 4 << 20) -> None:
         self.source, self.destination = FakeMachine(ram, guest=True), FakeMachine(ram, guest=True, incoming=True)
         for offset in range(0, ram, 1 << 20):
             self.source.write(self.source.ram, offset, os.urandom(1 << 19))
         self.fds: dict[str, int] = {}
-        options = MigrationOptions()
-        options.set_parameters({"max-bandwidth": 0})
-        self.outgoing = Migration(self.source, options, emit=lambda name, data: None, take_fd=self.fds.pop)
+        self.objects: dict[str, Any] = {}
+        self.paths: dict[str, int] = {}
+        self.here, self.there = MigrationOptions(), MigrationOptions()
+        self.here.set_parameters({"max-bandwidth": 0})
+        finders: dict[str, Any] = {"find_object": self.objects.get, "open_path": self._open_path}
+        self.outgoing = Migration(self.source, self.here, emit=lambda name, data: None, take_fd=self.fds.pop, **finders)
         self.incoming = IncomingMigration(
-            self.destination, options, emit=lambda name, data: None, take_fd=self.fds.pop, autostart=False
+            self.destination,
+            self.there,
+            emit=lambda name, data: None,
+            take_fd=self.fds.pop,
+            autostart=False,
+            **finders,
         )
+
+    def _open_path(self, path: str, flags: int) -> int | None:
+        return self.paths.pop(path, None)
 
     def listen(self, address: Address) -> list[dict[str, Any]]:
         """Where the destination listens."""
@@ -150,6 +164,15 @@ def test_a_file_from_an_offset_on(ends: Ends, tmp_path: Path) -> None:
     ends.send(parse_uri(f"file:{path},offset=0x1000"))
     assert path.read_bytes().startswith(b"a header of somebody else's\0")
     ends.listen(FileAddress(str(path), 0x1000))
+    ends.assert_arrived()
+
+
+def test_a_file_out_of_a_set_of_descriptors(ends: Ends, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    ends.paths["/dev/fdset/1"] = os.open(path, os.O_WRONLY | os.O_CREAT)
+    ends.send(parse_uri("file:/dev/fdset/1,offset=4096"))
+    ends.paths["/dev/fdset/2"] = os.open(path, os.O_RDONLY)
+    ends.listen(FileAddress("/dev/fdset/2", 4096))
     ends.assert_arrived()
 
 
