@@ -158,8 +158,8 @@ def test_the_bitmap_mapping_is_shown_once_it_was_set(all_built: object) -> None:
 
 def test_parameters_of_later_features_take_their_default_only() -> None:
     options = MigrationOptions()
-    options.set_parameters({"multifd-channels": 2, "tls-creds": None, "multifd-compression": "none"})
-    for name, value in {"multifd-channels": 4, "tls-creds": "tls0", "multifd-compression": "zstd"}.items():
+    options.set_parameters({"x-checkpoint-delay": 20000, "mode": "normal"})
+    for name, value in {"x-checkpoint-delay": 100, "mode": "cpr-reboot"}.items():
         with pytest.raises(OptionError, match=f"parameter '{name}' is not built"):
             options.set_parameters({name: value})
 
