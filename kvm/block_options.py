@@ -51,10 +51,14 @@ class Drive:
 
 
 class Disks:
-    """All nodes, drives and disks of a command line, in its order; `close` closes every image."""
+    """All nodes, drives and disks of a command line, in its order; `close` closes every image.
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    The machine has *slots* places for virtio-blk disks.
+    """
+
+    def __init__(self, warn: Callable[[str], None], slots: int = VIRTIO_MMIO_SLOTS) -> None:
         self._warn = warn
+        self._slots = slots
         self._drives: dict[str, Drive] = {}
         self._images: list[RawImage] = []
         self._users: dict[int, str] = {}  # id of an image's object → the device on it
@@ -199,12 +203,12 @@ class Disks:
         """The slot that *bus* names, or the last free one."""
         taken = {disk.slot for disk in self.disks}
         if bus is None:
-            free = set(range(VIRTIO_MMIO_SLOTS)) - taken
+            free = set(range(self._slots)) - taken
             if not free:
                 raise UsageError(f"No 'virtio-bus' bus found for device '{DEVICE}'")
             return max(free)
         match = _BUS.fullmatch(bus)
-        if match is None or int(match[1]) >= VIRTIO_MMIO_SLOTS:
+        if match is None or int(match[1]) >= self._slots:
             raise UsageError(f"Bus '{bus}' not found")
         if int(match[1]) in taken:
             raise UsageError(f"Bus '{bus}' is full")

@@ -157,6 +157,7 @@ class Program:
             cpu_model=arguments.cpu_model,
             cpu_features=arguments.cpu_features,
             kernel_irqchip=arguments.kernel_irqchip,
+            chipset=arguments.chipset,
             isa_serial=arguments.machine_switch("isa-serial", True),
             vapic=arguments.vapic,
             legacy_virtio=arguments.legacy_virtio,
@@ -174,7 +175,7 @@ class Program:
         return config
 
     def _add_disks(self, config: MachineConfig) -> None:
-        disks = Disks(self._diagnostics.say)
+        disks = Disks(self._diagnostics.say, config.chipset.virtio_slots)
         self._closers.callback(disks.close)
         for text in self._arguments.blockdevs:
             with _about(f"-blockdev {text}"):

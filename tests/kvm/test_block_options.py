@@ -35,6 +35,14 @@ def add(disks: Disks, *options: str) -> None:
             disks.add_device(block_pairs(text, "driver"))
 
 
+def test_a_machine_with_more_slots_has_more_places_for_disks(tmp_path: Path) -> None:
+    (tmp_path / "a.img").write_bytes(bytes(8192))
+    disks = Disks(lambda warning: None, slots=24)
+    add(disks, f"-blockdev driver=file,node-name=d0,filename={tmp_path}/a.img", "-device virtio-blk-device,drive=d0")
+    assert [disk.slot for disk in disks.disks] == [23]
+    disks.close()
+
+
 NODE = "-blockdev driver=file,node-name=d0,filename=a.img"
 OTHER = "-blockdev driver=file,node-name=d1,filename=b.img"
 DRIVE = "-drive if=none,id=x,file=a.img,format=raw"
