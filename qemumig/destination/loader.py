@@ -19,6 +19,7 @@ from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
 from ..qapi import RunState
 from ..ram import live
+from ..ram.landing import Landing
 from ..ram.load import RamLoader
 from ..savevm import commands, remedies, sections
 from ..savevm.sections import SectionEntry, SectionTable
@@ -58,7 +59,8 @@ class StreamLoader:
         self._pong = pong
         self._look_round = look_round
         self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
-        self.ram = RamLoader(stream, machine.ram_blocks)
+        self.landing = Landing(machine.ram_blocks)
+        self.ram = RamLoader(stream, self.landing)
         self.staged: list[tuple[DeviceSection, Any]] = []
         self.places: dict[tuple[str, int], int] = {}  # where in the stream each staged section began
         self.runstate: RunState | None = None  # of the source, as its section globalstate says

@@ -9,6 +9,11 @@ from libc.stdint cimport uint64_t
 cdef extern from *:
     int popcount "__builtin_popcountll"(unsigned long long word) noexcept nogil
     int trailing_zeros "__builtin_ctzll"(unsigned long long word) noexcept nogil
+    uint64_t atomic_load "__atomic_load_n"(const uint64_t *word, int order) noexcept nogil
+    uint64_t atomic_fetch_or "__atomic_fetch_or"(uint64_t *word, uint64_t value, int order) noexcept nogil
+    uint64_t atomic_fetch_and "__atomic_fetch_and"(uint64_t *word, uint64_t value, int order) noexcept nogil
+    uint64_t atomic_fetch_add "__atomic_fetch_add"(uint64_t *word, uint64_t value, int order) noexcept nogil
+    enum: SEQ_CST "__ATOMIC_SEQ_CST"
 
 
 cdef inline bint test_bit(const uint64_t *words, uint64_t bit) noexcept nogil:
@@ -23,6 +28,24 @@ cdef inline void set_bit(uint64_t *words, uint64_t bit) noexcept nogil:
 @cython.overflowcheck(False)
 cdef inline void clear_bit(uint64_t *words, uint64_t bit) noexcept nogil:
     words[bit >> 6] &= ~((<uint64_t> 1) << (bit & 63))
+
+
+# The same for words that several threads change at once.
+
+cdef inline bint test_bit_shared(const uint64_t *words, uint64_t bit) noexcept nogil:
+    return (atomic_load(words + (bit >> 6), SEQ_CST) >> (bit & 63)) & 1
+
+
+@cython.overflowcheck(False)
+cdef inline bint set_bit_shared(uint64_t *words, uint64_t bit) noexcept nogil:
+    """Set one bit; whether it was set before."""
+    return (atomic_fetch_or(words + (bit >> 6), (<uint64_t> 1) << (bit & 63), SEQ_CST) >> (bit & 63)) & 1
+
+
+@cython.overflowcheck(False)
+cdef inline bint clear_bit_shared(uint64_t *words, uint64_t bit) noexcept nogil:
+    """Clear one bit; whether it was set before."""
+    return (atomic_fetch_and(words + (bit >> 6), ~((<uint64_t> 1) << (bit & 63)), SEQ_CST) >> (bit & 63)) & 1
 
 
 cdef inline uint64_t word_count(uint64_t bits) noexcept nogil:

@@ -1,24 +1,26 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from ..wire.stream import InputStream
-from .bitmap import Bitmap
 from .block import RAMBlock
+from .landing import Landing
 
 class RamLoader:
-    """Loads the records of section `ram` from *stream* into *blocks*; one a channel and migration.
+    """Loads the records of section `ram` from *stream* to *landing*; one a channel and migration.
+
+    *on_flush* is called at a sync point of multifd (MULTIFD_FLUSH); None: there is no multifd, and the mark no meaning.
 
     The loader remembers the block that CONTINUE refers to across sections.  Counts are in target pages.
     """
 
     stream: InputStream
-    blocks: list[RAMBlock]
-    received: list[Bitmap]
-    """Which pages of each block a record has come for."""
+    landing: Landing
+    @property
+    def blocks(self) -> list[RAMBlock]: ...
     zero_pages: int
     normal_pages: int
     wrong_guesses: int
     """How often the pages read ahead were not the ones that came."""
-    def __init__(self, stream: InputStream, blocks: Iterable[RAMBlock]) -> None: ...
+    def __init__(self, stream: InputStream, landing: Landing, on_flush: Callable[[], None] | None = None) -> None: ...
     def load_body(self, look_round: Callable[[], None] | None = None) -> None:
         """Load records up to the end of the section's body.
 

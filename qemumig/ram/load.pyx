@@ -19,10 +19,8 @@ Holds     (1) no byte of a peer is used as an offset, a length or a name before 
 """
 
 from libc.stdint cimport uint8_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
-from ..encode.zero cimport is_zero
 from ..errors import StreamError
 from ..wire.format cimport (
     RAM_SAVE_FLAG_CONTINUE,
@@ -33,8 +31,9 @@ from ..wire.format cimport (
     TARGET_PAGE_SIZE,
 )
 from ..wire.stream cimport STREAM_OK, InputStream, get_be64, iovec, put_be64
-from .bitmap cimport Bitmap, clear_run, set_bit, test_bit
+from .bitmap cimport clear_run
 from .block cimport RAMBlock
+from .landing cimport Landing, LoadBlock
 
 from ..savevm import remedies
 from ..wire.format import RamSaveFlag
@@ -54,24 +53,14 @@ cdef enum:
     GUESS_LIMIT = 128             # pages: the whole guess fits into the stream's buffer
     HEAD = 8
 
-cdef struct LoadBlock:
-    uint8_t *host
-    uint64_t pages
-    uint64_t *received
-    bint fresh
-    size_t name_length
-    const uint8_t *name
-
 
 cdef class RamLoader:
-    """Loads RAM records from *stream* into *blocks*; see load.pyi."""
+    """Loads RAM records from *stream* to *landing*; see load.pyi."""
 
     cdef readonly InputStream stream
-    cdef readonly list blocks
-    cdef readonly list received       # Bitmap of each block
-    cdef list names
-    cdef LoadBlock *table
-    cdef int block_count
+    cdef readonly Landing landing
+    cdef LoadBlock *table             # the landing's
+    cdef object on_flush              # called at a sync point of multifd
     cdef int last_block               # of the previous record on this stream; −1: none yet
     cdef int guess                    # how many pages to guess next time
     cdef uint64_t head                # of the record at hand …
@@ -86,47 +75,19 @@ cdef class RamLoader:
     cdef readonly uint64_t normal_pages
     cdef readonly uint64_t wrong_guesses
 
-    def __cinit__(self, stream not None, blocks):
-        cdef RAMBlock block
-        cdef Bitmap bitmap
-        cdef bytes name
-        cdef int index
+    def __cinit__(self, stream not None, Landing landing not None, on_flush=None):
         self.stream = stream
-        self.blocks = list(blocks)
-        self.block_count = len(self.blocks)
-        self.names = [block.idstr.encode() for block in self.blocks]
-        self.received = []
+        self.landing = landing
+        self.table = landing.table
+        self.on_flush = on_flush
         self.last_block = -1
         self.guess = 1
-        self.table = <LoadBlock *> calloc(max(self.block_count, 1), sizeof(LoadBlock))
-        if self.table == NULL:
-            raise MemoryError("no memory for the list of RAM blocks")
-        for index in range(self.block_count):
-            block = self.blocks[index]
-            name = self.names[index]
-            bitmap = Bitmap(block.max_length // TARGET_PAGE_SIZE)
-            self.received.append(bitmap)
-            self.table[index].host = <uint8_t *> block.host_address
-            self.table[index].pages = block.used_length // TARGET_PAGE_SIZE
-            self.table[index].received = bitmap.words
-            self.table[index].fresh = block.fresh
-            block.fresh = False  # once a load has begun, only a discard makes it so again
-            self.table[index].name = name
-            self.table[index].name_length = len(name)
 
-    def __dealloc__(self):
-        free(self.table)
+    @property
+    def blocks(self) -> list:
+        return self.landing.blocks
 
     # ---- the engine ----
-
-    cdef int find_block(self) noexcept nogil:
-        cdef int index
-        for index in range(self.block_count):
-            if self.table[index].name_length == self.name_length and not memcmp(
-                self.table[index].name, self.name, self.name_length
-            ):
-                return index
-        return -1
 
     cdef int take_block(self) noexcept nogil:
         """Settle which block the record at hand means; the head has been consumed."""
@@ -142,14 +103,13 @@ cdef class RamLoader:
             return LOAD_STREAM
         memcpy(self.name, self.stream.buffer + self.stream.position + 1, self.name_length)
         self.stream.position += 1 + self.name_length
-        block = self.find_block()
+        block = self.landing.find_block(self.name, self.name_length)
         if block < 0:
             return LOAD_BAD_NAME
         self.last_block = block
         return LOAD_EOS
 
     cdef int load_zero(self, LoadBlock *block, uint64_t page) noexcept nogil:
-        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
         self.stream_status = self.stream.ensure(1)
         if self.stream_status != STREAM_OK:
             return LOAD_STREAM
@@ -157,10 +117,7 @@ cdef class RamLoader:
         self.stream.position += 1
         if self.fill:
             return LOAD_BAD_FILL
-        if not block.fresh or test_bit(block.received, page):
-            if not is_zero(target, TARGET_PAGE_SIZE):
-                memset(target, 0, TARGET_PAGE_SIZE)
-        set_bit(block.received, page)
+        self.landing.clear_page(block, page)
         self.zero_pages += 1
         return LOAD_EOS
 
@@ -169,7 +126,7 @@ cdef class RamLoader:
         cdef size_t there = min(<size_t> TARGET_PAGE_SIZE, self.stream.end - self.stream.position)
         memcpy(target, self.stream.buffer + self.stream.position, there)
         self.stream.position += there
-        set_bit(block.received, page)
+        self.landing.note_received(block, page)
         self.normal_pages += 1
         if there == TARGET_PAGE_SIZE:
             return LOAD_EOS
@@ -181,7 +138,7 @@ cdef class RamLoader:
         cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
         self.iov[0].iov_base = target + there
         self.iov[0].iov_len = TARGET_PAGE_SIZE - there
-        if block.fresh:
+        if block.fresh and not self.landing.shared:  # another thread may have got further with them
             limit = min(page + 1 + self.guess, block.pages)
             guessed = clear_run(block.received, page + 1, limit) if limit > page + 1 else 0
         for index in range(guessed):
@@ -220,7 +177,7 @@ cdef class RamLoader:
                     self.wrong_guesses += 1
                     break
                 page += 1
-                set_bit(block.received, page)
+                self.landing.note_received(block, page)
                 self.normal_pages += 1
                 part = min(received - HEAD, <size_t> TARGET_PAGE_SIZE)
                 there = part
@@ -309,7 +266,8 @@ cdef class RamLoader:
         if flags == RAM_SAVE_FLAG_MEM_SIZE:
             self.load_block_list(self.head - flags)
         elif flags == RamSaveFlag.RAM_SAVE_FLAG_MULTIFD_FLUSH and self.head == flags:
-            return          # 8.1 sends it without multifd, too: nothing to do
+            if self.on_flush is not None:  # 8.1 sends it without multifd, too: then there is nothing to do
+                self.on_flush()
         else:
             raise StreamError(
                 f"section 'ram' instance 0, record at offset {self.head_offset:#x}: head {self.head:#x} has flags "
@@ -328,9 +286,9 @@ cdef class RamLoader:
             place = self.stream.offset
             name = self.stream.read(self.stream.read_u8("the list of RAM blocks"), "the name of a RAM block")
             length = self.stream.read_be64("the list of RAM blocks")
-            if name not in self.names:
+            if name not in self.landing.names:
                 raise self.unknown_block(name, place, length, is_main=left == total)
-            index = self.names.index(name)
+            index = self.landing.names.index(name)
             self.take_length(index, length, place)
             if length > left:
                 raise list_error(

@@ -65,3 +65,25 @@ cpdef enum:
     TARGET_PAGE_BITS = 12
     TARGET_PAGE_SIZE = 4096                   # x86-64
     RAM_SECTION_VERSION = 4                   # of section "ram"; every other one is refused
+
+cpdef enum:
+    # packets of multifd (multifd.md §2, §3)
+    MULTIFD_MAGIC = 0x11223344
+    MULTIFD_VERSION = 1
+    MULTIFD_INIT_SIZE = 64                    # the first packet of a channel
+    MULTIFD_PACKET_PAGES = 128                # slots for offsets in every other one
+    MULTIFD_HEADER_SIZE = 1344                # 320 + 8 × slots
+    MULTIFD_NAME_SIZE = 256                   # of the field for the block's name
+    MULTIFD_DATA_LIMIT = 0x100000             # bytes behind a header; more are refused when they are compressed
+
+cpdef enum MultifdFlag:
+    """Flags of a packet (multifd.md §4)."""
+    MULTIFD_FLAG_NOCOMP = 0x00
+    MULTIFD_FLAG_SYNC = 0x01
+    MULTIFD_FLAG_ZLIB = 0x02
+    MULTIFD_FLAG_ZSTD = 0x04
+    MULTIFD_FLAG_QPL = 0x08                   # since 9.1
+    MULTIFD_FLAG_UADK = 0x10                  # since 9.1
+    MULTIFD_FLAG_QATZIP = 0x20                # since 9.2
+    MULTIFD_FLAG_COMPRESSION_MASK = 0x3E
+    MULTIFD_FLAG_DEVICE_STATE = 0x40          # since 10.0

@@ -34,6 +34,13 @@ cdef inline uint64_t get_be64(const uint8_t *p) noexcept nogil:
 
 
 @cython.overflowcheck(False)
+cdef inline void put_be32(uint8_t *p, uint32_t value) noexcept nogil:
+    cdef int i
+    for i in range(4):
+        p[i] = <uint8_t> (value >> (24 - 8 * i))
+
+
+@cython.overflowcheck(False)
 cdef inline void put_be64(uint8_t *p, uint64_t value) noexcept nogil:
     cdef int i
     for i in range(8):

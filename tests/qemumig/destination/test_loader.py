@@ -18,6 +18,7 @@ from qemumig.errors import ChannelError, MachineError, StreamError
 from qemumig.options import MigrationOptions
 from qemumig.qapi import RunState
 from qemumig.ram.block import RAMBlock
+from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
 from qemumig.savevm import commands, sections
 from qemumig.savevm.devices.cpu import CPU, CpuState
@@ -291,7 +292,7 @@ def test_a_block_that_may_grow_takes_the_length_of_the_source() -> None:
     body = block_list(b"rom", 6 * 4096)[:-8] + page + EOS
     with channel_pair() as (left, right):
         Load._write(left, body)
-        RamLoader(InputStream(right), [block]).load_body()
+        RamLoader(InputStream(right), Landing([block])).load_body()
     assert (block.used_length, memory.read(5 * 4096, 1)) == (6 * 4096, b"x")
 
 
@@ -302,7 +303,7 @@ def test_a_block_does_not_grow_beyond_its_maximum_nor_by_half_a_page(length: int
     with channel_pair() as (left, right):
         Load._write(left, block_list(b"/rom@x", length, total=9 * 4096))
         with pytest.raises(StreamError, match=f"block '/rom@x' has 0x2000 bytes here, the stream says {length:#x}$"):
-            RamLoader(InputStream(right), [block]).load_body()
+            RamLoader(InputStream(right), Landing([block])).load_body()
 
 
 def test_what_the_machine_cannot_take_is_placed_in_the_stream() -> None:

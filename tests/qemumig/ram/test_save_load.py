@@ -9,6 +9,7 @@ import pytest
 
 from qemumig.errors import ChannelError, MigrationCancelled, StreamError
 from qemumig.ram.dirty import DirtyPages
+from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
 from qemumig.ram.save import PageSender
 from qemumig.wire.stream import InputStream, OutputStream
@@ -66,7 +67,7 @@ def test_memory_arrives_as_it_was(zero_share: float, seed: int, fresh: bool) -> 
         for target in targets:
             fill(target, seed + 100, 0.3)  # what was there before must not shine through
     with channel_pair() as (left, right):
-        loader = RamLoader(InputStream(right), [target.block for target in targets])
+        loader = RamLoader(InputStream(right), Landing([target.block for target in targets]))
         thread, errors = load_in_thread(loader)
         sender = send_all(DirtyPages([s.block for s in sources], QuietLog()), OutputStream(left))
         thread.join()
@@ -75,7 +76,7 @@ def test_memory_arrives_as_it_was(zero_share: float, seed: int, fresh: bool) -> 
     assert targets[0].contents() == sources[1].contents()
     assert (sender.zero_pages, sender.normal_pages) == (loader.zero_pages, loader.normal_pages)
     assert sender.zero_pages + sender.normal_pages == 3037
-    assert [bitmap.count() for bitmap in loader.received] == [37, 3000]
+    assert [bitmap.count() for bitmap in loader.landing.received] == [37, 3000]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -86,7 +87,7 @@ def test_a_wrong_guess_is_mended(seed: int) -> None:
     fill(source, seed, 0.2)
     with channel_pair() as (left, right):
         out = OutputStream(left)
-        loader = RamLoader(InputStream(right), [target.block])
+        loader = RamLoader(InputStream(right), Landing([target.block]))
         dirty = DirtyPages([source.block], QuietLog())
         sender = PageSender(dirty, out)
         bitmap = dirty.bitmaps[0]
@@ -110,7 +111,7 @@ def test_a_wrong_guess_is_mended(seed: int) -> None:
             out.flush()
             thread.join()
             assert errors == []
-            received = loader.received[0]
+            received = loader.landing.received[0]
             for page in range(2000):
                 expected = source.read(page * PAGE, PAGE) if received.test(page) else bytes(PAGE)
                 assert target.read(page * PAGE, PAGE) == expected, f"page {page} after round {round_number}"
@@ -120,7 +121,7 @@ def test_a_wrong_guess_is_mended(seed: int) -> None:
 def test_zero_pages_leave_fresh_memory_unpopulated() -> None:
     source, target = Memory("ram", 4096 * PAGE), Memory("ram", 4096 * PAGE)
     with channel_pair() as (left, right):
-        loader = RamLoader(InputStream(right), [target.block])
+        loader = RamLoader(InputStream(right), Landing([target.block]))
         thread, errors = load_in_thread(loader)
         send_all(DirtyPages([source.block], QuietLog()), OutputStream(left))
         thread.join()
@@ -169,7 +170,7 @@ def head(offset: int, flags: int, name: bytes | None = None) -> bytes:
 def load(data: bytes, *, size: int = 64 * PAGE) -> tuple[RamLoader, Memory]:
     target = Memory("ram", size)
     with channel_pair() as (left, right):
-        loader = RamLoader(InputStream(right), [target.block])
+        loader = RamLoader(InputStream(right), Landing([target.block]))
         out = OutputStream(left)
         thread, errors = load_in_thread(loader)
         try:
