@@ -57,6 +57,11 @@ class QmpClient:
         socket.send_fds(self._socket, [b" "], [fd])  # descriptors travel with the bytes around the request
         self.command("getfd", fdname=name)
 
+    def add_fd(self, fd: int) -> str:
+        """Let the other end have a duplicate of *fd* in a set of its own; the path by which that is opened."""
+        socket.send_fds(self._socket, [b" "], [fd])
+        return f"/dev/fdset/{self.command('add-fd')['fdset-id']}"
+
     def wait_event(self, name: str, timeout: float, **data: Any) -> dict[str, Any]:
         """The first event *name*, come or to come, whose data has all of *data*; it is taken out of the list."""
         deadline = time.monotonic() + timeout

@@ -136,6 +136,28 @@ def test_a_file_from_an_offset_on(stage: Stage, qemu: str, direction: str) -> No
     arrive(stage, destination)
 
 
+@both_ways
+def test_a_file_out_of_a_set_of_descriptors(stage: Stage, qemu: str, direction: str) -> None:
+    """The set is on our side; the real QEMU gets the same file by its name, or by a command."""
+    source, destination = ends(stage, direction, qemu)
+    path = stage.directory / "stream"
+    by_name = f"file:{path}" if real(qemu).has("file") else f"exec:cat {'<' if direction == TO_QEMU else '>'}{path}"
+    path.touch()
+
+    def uri(vmm: Vmm, flags: int) -> str:
+        if vmm is (destination if direction == TO_QEMU else source):
+            return by_name
+        fd = os.open(path, flags)
+        found = vmm.qmp.add_fd(fd)
+        os.close(fd)
+        return f"file:{found}"
+
+    store(source, uri(source, os.O_WRONLY), TIMEOUT)
+    source.close()  # a command may outlive `completed`
+    load(destination, uri(destination, os.O_RDONLY), TIMEOUT)
+    arrive(stage, destination)
+
+
 def test_a_command_without_a_shell(stage: Stage, qemu: str) -> None:
     source, destination = ends(stage, FROM_QEMU, qemu)
     path = stage.directory / "a stream; with $odd name"
