@@ -41,7 +41,7 @@ CAPABILITIES = (
     Capability("x-colo"),
     Capability("release-ram"),
     Capability("return-path", built=True, default=True),
-    Capability("pause-before-switchover"),
+    Capability("pause-before-switchover", built=True),
     Capability("multifd"),
     Capability("dirty-bitmaps"),
     Capability("postcopy-blocktime"),
@@ -51,7 +51,7 @@ CAPABILITIES = (
     Capability("background-snapshot"),
     Capability("zero-copy-send"),
     Capability("postcopy-preempt"),
-    Capability("switchover-ack"),
+    Capability("switchover-ack", built=True),
     Capability("dirty-limit"),
     Capability("mapped-ram"),
 )

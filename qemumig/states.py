@@ -2,14 +2,15 @@
 
 Source
 
-    none ─▶ setup ─▶ active ─▶ device ─▶ completed
-              │        │         │
-              ├────────┴─────────┼─▶ cancelling ─▶ cancelled
-              └──────────────────┴─▶ failed
+    none ─▶ setup ─▶ active ─▶ [pre-switchover] ─▶ device ─▶ completed
+              │        │              │              │
+              ├────────┴──────────────┴──────────────┼─▶ cancelling ─▶ cancelled
+              └──────────────────────────────────────┴─▶ failed
 
     none        no migration yet
     setup       connecting, header, START sections.  The guest runs here and only here
     active      rounds over dirty memory.  The guest runs here; nothing is lost by giving up
+    pre-switchover  the guest is stopped, and here only; the migration waits for `migrate-continue`
     device      the guest is stopped; its last pages and its devices are being sent.  It still lives here only, until the
                 last byte is out
     completed   the guest lives at the destination.  Here it stays stopped
@@ -43,7 +44,8 @@ from .qapi import MigrationStatus as S
 SOURCE: Mapping[S, frozenset[S]] = {
     S.NONE: frozenset({S.SETUP}),
     S.SETUP: frozenset({S.ACTIVE, S.FAILED, S.CANCELLING}),
-    S.ACTIVE: frozenset({S.DEVICE, S.FAILED, S.CANCELLING}),
+    S.ACTIVE: frozenset({S.PRE_SWITCHOVER, S.DEVICE, S.FAILED, S.CANCELLING}),
+    S.PRE_SWITCHOVER: frozenset({S.DEVICE, S.FAILED, S.CANCELLING}),
     S.DEVICE: frozenset({S.COMPLETED, S.FAILED, S.CANCELLING}),
     S.CANCELLING: frozenset({S.CANCELLED, S.COMPLETED, S.FAILED}),
     S.CANCELLED: frozenset({S.SETUP}),
@@ -59,7 +61,7 @@ DESTINATION: Mapping[S, frozenset[S]] = {
     S.FAILED: frozenset({S.SETUP}),
 }
 
-RUNNING = frozenset({S.SETUP, S.ACTIVE, S.DEVICE, S.CANCELLING})
+RUNNING = frozenset({S.SETUP, S.ACTIVE, S.PRE_SWITCHOVER, S.DEVICE, S.CANCELLING})
 """A migration is under way: a second one is refused, capabilities are locked, a cancel acts."""
 
 

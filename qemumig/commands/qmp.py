@@ -150,10 +150,7 @@ class MigrationCommands:
         self._source.cancel()
 
     def migrate_continue(self, state: str) -> None:
-        """Go on from *state*; only a migration that has stopped there waits for this."""
-        current = self._source.status.value
-        if current != state:
-            raise StateError(f"Migration not in expected state: {current}", state=current, required=state)
+        self._source.proceed(MigrationStatus(state))
 
     def query_migrate(self) -> dict[str, Any]:
         if self._source.status is MigrationStatus.NONE:

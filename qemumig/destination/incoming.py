@@ -199,13 +199,15 @@ class IncomingMigration:
         assert self._channel is not None
         if self._answers is not None:
             return  # the source asked twice: it is open
-        if not self._channel.can_return:
+        if not self._channel.is_two_way():
             raise ChannelError(
                 f"the source asks for a return path, {self._channel.kind} '{self._channel.name}' has none: "
                 f"use a socket, or switch off capability 'return-path' on the source",
                 channel=self._channel.name,
             )
         self._answers = OutputStream(self._channel)
+        if self._options.capability("switchover-ack"):
+            self._answer(commands.SwitchoverAck())  # no device here has to be asked first
 
     def _pong(self, value: int) -> None:
         if self._answers is None:

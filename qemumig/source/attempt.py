@@ -1,8 +1,8 @@
 """One attempt to migrate, in its own thread `mig/src/main`: from the connection to the last word, or all the way back.
 
-    connect ─▶ setup ─▶ rounds ─▶ stop the guest ─▶ last pages, devices ─▶ ▌the last write▐ ─▶ confirmation
-                                                                          ▲
-                             a cancel or an error before this point: the guest runs here again
+    connect ─▶ setup ─▶ rounds ─▶ stop the guest ─▶ [pause] ─▶ last pages, devices ─▶ ▌the last write▐ ─▶ confirmation
+                                                                                     ▲
+                                        a cancel or an error before this point: the guest runs here again
 
 The last write (the end mark and the description behind it) is what lets the destination start.  Where there is a return
 path, it is made only after the destination has answered a ping sent behind everything else: so it has loaded all of the
@@ -20,12 +20,13 @@ Fields    set before start: machine, options, address · under the lock: _cancel
 from __future__ import annotations
 
 import errno
+import select
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ..channels.channel import Channel, QuitEvent
+from ..channels.channel import Channel, QuitEvent, wait_any
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
@@ -47,6 +48,7 @@ PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of t
 RAM_SECTION_ID = 1  # the devices' follow
 HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # how a destination that refuses looks to who still writes
 LAST_WORD_S = 2.0  # for what the destination said before it closed the connection, which a busy host delivers late
+APPROVAL_S = 0.05  # for the destination's approval of the switchover, before the guest's writes are looked at again
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
 
 UNKNOWN_OUTCOME = (
@@ -82,6 +84,7 @@ class Attempt:
         self._states = states
         self._open_channel = open_channel
         self._quit = quit_event
+        self._proceed = QuitEvent()  # set by `migrate-continue`
         self._on_pass = on_pass
         self._lock = threading.Lock()
         self._cancelled = False
@@ -118,6 +121,10 @@ class Attempt:
             elif self._channel is not None:
                 self._channel.finish()
 
+    def proceed(self) -> None:
+        """Go on from the pause before the switchover."""
+        self._proceed.set()
+
     @property
     def switching(self) -> bool:
         """True from the moment at which the guest is stopped for the switchover."""
@@ -146,7 +153,7 @@ class Attempt:
         self._move(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         self._send_rounds()
         self._stop_guest()
-        self._move(MigrationStatus.ACTIVE, MigrationStatus.DEVICE)
+        self._enter_device()
         self._send_rest()
         self._commit(self._save_devices())
         self._confirm()
@@ -164,18 +171,24 @@ class Attempt:
         if self.machine.runstate is RunState.RUNNING:
             channel.share_core()
         self.out = OutputStream(channel)
-        if not self.options.capability("return-path"):
-            return
-        if channel.can_return:
+        if self._wants_return_path(channel):
             self._return_path = ReturnPath(channel)
             self._return_path.start()
-        elif self.options.is_chosen("return-path"):
+
+    def _wants_return_path(self, channel: Channel) -> bool:
+        """Whether there is to be one: a default gives way to a transport that has none, a choice does not."""
+        chosen = [name for name in ("switchover-ack", "return-path") if self.options.is_chosen(name)]
+        chosen = [name for name in chosen if self.options.capability(name)]
+        if not chosen:
+            return self.options.capability("return-path") and channel.can_return
+        if not channel.is_two_way():
             raise OptionError(
-                f"capability 'return-path' needs a transport that flows both ways, {channel.kind} '{channel.name}' "
+                f"capability '{chosen[0]}' needs a transport that flows both ways, {channel.kind} '{channel.name}' "
                 f"does not: switch the capability off or use a socket",
-                name="return-path",
+                name=chosen[0],
                 value=True,
             )
+        return True
 
     # ---- setup and rounds: the guest runs ----
 
@@ -212,7 +225,7 @@ class Attempt:
                 bandwidth = self.pacer.current_bandwidth(self.out.offset)
                 if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
-                    if rule.is_time(self.ram.remaining, threshold, bandwidth):
+                    if rule.is_time(self.ram.remaining, threshold, bandwidth) and self._may_switch():
                         return
                 self._begin(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
@@ -223,6 +236,19 @@ class Attempt:
             if not self.pacer.allowance(self.out.offset):
                 self.pacer.wait()
             self.pacer.update(self.out.offset, self.ram.sent_pages)
+
+    def _may_switch(self) -> bool:
+        """Whether the destination agrees; waits a little for that.  A guest that stands still need not be asked for."""
+        if not self.options.capability("switchover-ack") or self.machine.runstate is not RunState.RUNNING:
+            return True
+        path = self._return_path
+        assert path is not None
+        if path.wait_approval(APPROVAL_S):
+            return True
+        if path.verdict is not None:
+            text = "the return path ended before the destination had agreed to the switchover"
+            raise path.error or ChannelError(text, channel=self._channel.name if self._channel else "")
+        return False
 
     def _sync(self) -> None:
         assert self.ram is not None
@@ -236,6 +262,24 @@ class Attempt:
         self._stop_s = time.monotonic()
         self._noted_runstate = self.machine.runstate
         self.machine.stop(RunState.FINISH_MIGRATE)
+
+    def _enter_device(self) -> None:
+        """Begin the switchover, with `pause-before-switchover` not before somebody says so."""
+        if not self.options.capability("pause-before-switchover"):
+            self._move(MigrationStatus.ACTIVE, MigrationStatus.DEVICE)
+            return
+        self._move(MigrationStatus.ACTIVE, MigrationStatus.PRE_SWITCHOVER)
+        self._wait_to_proceed()
+        self._move(MigrationStatus.PRE_SWITCHOVER, MigrationStatus.DEVICE)
+
+    def _wait_to_proceed(self) -> None:
+        """Until `migrate-continue`, a cancel, or the end of the connection: the guest must not stand still for nothing."""
+        channel = self._channel
+        assert channel is not None
+        wanted = {self._proceed.fd: select.POLLIN, channel.write_fd: select.POLLRDHUP}
+        if self._proceed.fd not in wait_any(wanted, self._quit.fd):
+            text = f"{channel.kind} '{channel.name}' broke during the pause before the switchover"
+            raise ChannelError(text, channel=channel.name, errno=errno.EPIPE)
 
     def _send_rest(self) -> None:
         assert self.out is not None and self.ram is not None
@@ -380,6 +424,7 @@ class Attempt:
         if self.ram is not None:
             self.ram.close()
         self._quit.close()
+        self._proceed.close()
         self._states.advance(MigrationStatus.CANCELLING, MigrationStatus.CANCELLED)
 
     # ---- pieces of the stream ----

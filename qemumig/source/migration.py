@@ -94,6 +94,15 @@ class Migration:
         if self._attempt is not None and self._states.advance_from_any(MigrationStatus.CANCELLING):
             self._attempt.cancel()
 
+    def proceed(self, state: MigrationStatus) -> None:
+        """Go on from *state*, which must be the current one; only the pause before the switchover waits for this."""
+        current = self._states.status
+        if current is not state:
+            text = f"Migration not in expected state: {current.value}"
+            raise StateError(text, state=current, required=state)
+        if self._attempt is not None and state is MigrationStatus.PRE_SWITCHOVER:
+            self._attempt.proceed()
+
     def query(self) -> dict[str, Any]:
         """What query-migrate shows of this side; empty when there never was a migration."""
         status = self._states.status

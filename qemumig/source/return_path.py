@@ -33,13 +33,14 @@ class Verdict(enum.Enum):
 class ReturnPath:
     """Reads the destination's messages until SHUT or the end.
 
-    `verdict` and the last PONG's value change under one condition, which wakes everybody who waits for either.
+    `verdict`, `approved` and the last PONG's value change under one condition, which wakes everybody who waits.
     """
 
     def __init__(self, channel: Any) -> None:
         self._stream = InputStream(channel)
         self._changed = threading.Condition()
         self._ponged: int | None = None
+        self.approved = False  # SWITCHOVER_ACK has come
         self.verdict: Verdict | None = None  # None while it is open
         self.error: MigrationError | None = None
         self._thread: threading.Thread | None = None
@@ -57,6 +58,12 @@ class ReturnPath:
         with self._changed:
             self._changed.wait_for(lambda: self._ponged == value or self.verdict is not None)
             return self._ponged == value and self.verdict is None
+
+    def wait_approval(self, timeout_s: float) -> bool:
+        """Until the destination agrees to the switchover; False when *timeout_s* passes, or the path ends, first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.approved or self.verdict is not None, timeout_s)
+            return self.approved
 
     def join(self) -> None:
         """After the channel was shut down or its quit event set."""
@@ -92,9 +99,13 @@ class ReturnPath:
             with self._changed:
                 self._ponged = message.value
                 self._changed.notify_all()
+        elif isinstance(message, commands.SwitchoverAck):
+            with self._changed:
+                self.approved = True
+                self._changed.notify_all()
         elif isinstance(message, commands.ResumeAck):
             raise StreamError(f"return path: {message.type.name} outside of a postcopy recovery")
-        # page requests merely queue pages, and those are all sent in precopy; an early approval changes nothing
+        # page requests merely queue pages, and those are all sent in precopy
 
     def _take_shut(self, status: int) -> None:
         if status == 0:

@@ -10,7 +10,13 @@ from ..wire.format import TARGET_PAGE_SIZE
 from .attempt import Attempt
 
 WITH_FIGURES = frozenset(
-    {MigrationStatus.ACTIVE, MigrationStatus.CANCELLING, MigrationStatus.DEVICE, MigrationStatus.COMPLETED}
+    {
+        MigrationStatus.ACTIVE,
+        MigrationStatus.CANCELLING,
+        MigrationStatus.PRE_SWITCHOVER,
+        MigrationStatus.DEVICE,
+        MigrationStatus.COMPLETED,
+    }
 )
 
 

@@ -115,9 +115,18 @@ class Link:
         except OSError:
             return False
 
-    def close(self) -> None:
+    def cut(self, how: str) -> None:
+        """Break the link now."""
+        self._cut = Cut(0, how)
+        self._wake()
+        self._break()
+
+    def _wake(self) -> None:
         os.write(self._wake_write, b"x")
         self._thread.join()
+
+    def close(self) -> None:
+        self._wake()
         for sock in (*self._sockets, self._listener):
             sock.close()
         os.close(self._wake_read)
