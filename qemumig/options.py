@@ -32,7 +32,7 @@ class Capability:
 
 
 CAPABILITIES = (
-    Capability("xbzrle"),
+    Capability("xbzrle", built=True),
     Capability("rdma-pin-all"),
     Capability("auto-converge"),
     Capability("zero-blocks", built=True),  # without effect in QEMU, too
@@ -95,7 +95,10 @@ PARAMETERS = (
     Parameter("downtime-limit", "uint64", 300, 0, 2000000, "an integer in the range of 0 to (2000 * 1000) ms", built=True),
     Parameter("x-checkpoint-delay", "uint32", 20000, 0, (1 << 32) - 1),
     Parameter("multifd-channels", "uint8", 2, 1, 255, "a value between 1 and 255"),
-    Parameter("xbzrle-cache-size", "size", 64 << 20, 4096, UINT64, "a power of two no less than the target page size"),
+    Parameter(
+        *("xbzrle-cache-size", "size", 64 << 20, 4096, UINT64),
+        *("a power of two no less than the target page size", True),
+    ),
     Parameter("max-postcopy-bandwidth", "size", 0),
     Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99"),
     Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd")),

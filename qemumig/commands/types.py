@@ -125,9 +125,16 @@ MIGRATION_STATS = Struct(
     *(Argument(name, UINT64) for name in ("pages-per-second", "precopy-bytes", "downtime-bytes", "postcopy-bytes")),
     Argument("dirty-sync-missed-zero-copy", UINT64),
 )
+XBZRLE_CACHE_STATS = Struct(
+    *(Argument(name, SIZE if name == "cache-size" else INT) for name in ("cache-size", "bytes", "pages", "cache-miss")),
+    Argument("cache-miss-rate", NUMBER),
+    Argument("encoding-rate", NUMBER),
+    Argument("overflow", INT),
+)
 MIGRATION_INFO = Struct(
     Argument("status", STATUS, optional=True),
     Argument("ram", MIGRATION_STATS, optional=True),
+    Argument("xbzrle-cache", XBZRLE_CACHE_STATS, optional=True),
     *(Argument(name, INT, optional=True) for name in ("total-time", "expected-downtime", "downtime", "setup-time")),
     Argument("error-desc", STR, optional=True),
     Argument("blocked-reasons", ListOf(STR), optional=True),

@@ -3,6 +3,8 @@
 START   the list of blocks, before any page
 PART    pages, for 50 ms or as long as the rate limit allows
 END     the guest is stopped: the last sync, then everything that is left
+
+The options decide how pages go out; what they decide is settled here once, before the first page.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from ..errors import OptionError
 from ..machine import DirtyLog
+from ..options import MigrationOptions
 from ..wire.format import RAM_SECTION_VERSION, TARGET_PAGE_SIZE, RamSaveFlag
 from ..wire.stream import OutputStream
 from .block import RAMBlock
+from .cache import PageCache
 from .dirty import DirtyPages
 from .save import PageSender
 
@@ -25,17 +30,22 @@ PART_DURATION_S = 0.05
 STEP_BYTES = 8 << 20  # at a time, before the clock is looked at
 STEP_PAGES = 1 << 15
 UNLIMITED = 1 << 62
+CACHE_SIZE = "xbzrle-cache-size"
 
 
 class RamSource:
     """All of RAM on its way into one stream.  Sizes in bytes."""
 
-    def __init__(self, blocks: Sequence[RAMBlock], log: DirtyLog, out: OutputStream, chunk_shift: int) -> None:
+    def __init__(self, blocks: Sequence[RAMBlock], log: DirtyLog, out: OutputStream, options: MigrationOptions) -> None:
         # by descending length, as QEMU lists and walks them
         self.blocks = sorted(blocks, key=lambda block: -block.used_length)
         self._out = out
-        self.dirty = DirtyPages(self.blocks, log, chunk_shift)
+        self._options = options
+        self.cache = new_cache(options.parameter(CACHE_SIZE)) if options.capability("xbzrle") else None
+        self.dirty = DirtyPages(self.blocks, log, options.migration_property("x-clear-bitmap-shift"))
         self.sender = PageSender(self.dirty, out)
+        self.sender.encode_with(self.cache)
+        self._refused_size = 0  # of a cache for which there was no memory
         self.total = sum(block.used_length for block in self.blocks)
 
     @property
@@ -45,7 +55,8 @@ class RamSource:
 
     @property
     def sent_pages(self) -> int:
-        return self.sender.zero_pages + self.sender.normal_pages
+        """Pages dealt with: sent in one form or another, or found to be at the destination already."""
+        return self.sender.handled_pages
 
     def write_block_list(self) -> None:
         """START's body."""
@@ -57,6 +68,7 @@ class RamSource:
 
     def write_part(self, allowance: int) -> None:
         """PART's body: dirty pages, about *allowance* bytes of them, for no longer than 50 ms."""
+        self._follow_cache_size()
         deadline = time.monotonic() + PART_DURATION_S
         end = self._out.offset + allowance
         while self._out.offset < end and not self.sender.send(min(STEP_BYTES, end - self._out.offset), STEP_PAGES):
@@ -64,12 +76,39 @@ class RamSource:
                 break
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
 
+    def end_period(self) -> None:
+        """A period of the dirty rate is over: settle the rates that cover it."""
+        if self.cache is not None:
+            self.cache.end_period(self.sent_pages)
+
+    def _follow_cache_size(self) -> None:
+        """Give the cache the size that somebody has set meanwhile; it keeps its size where there is no memory for that.
+
+        Between two sections nothing on the stream refers to its copies.
+        """
+        size = self._options.parameter(CACHE_SIZE)
+        if self.cache is None or size in (self.cache.size, self._refused_size):
+            return
+        try:
+            self.cache.resize(size)
+        except MemoryError:
+            self._refused_size = size
+
     def close(self) -> None:
         """Give the descriptors back; the figures stay."""
         self.dirty.close()
 
     def write_rest(self) -> None:
         """END's body: the guest is stopped and the last sync done; everything that is left."""
+        self.sender.last_stage = True
         while not self.sender.send(UNLIMITED, STEP_PAGES):
             pass
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+
+
+def new_cache(size: int) -> PageCache:
+    """A page cache of *size* bytes; OptionError when there is no memory for it."""
+    try:
+        return PageCache(size)
+    except MemoryError as error:
+        raise OptionError(f"{CACHE_SIZE} {size}: {error}", name=CACHE_SIZE, value=size) from error

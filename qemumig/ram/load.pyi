@@ -18,6 +18,7 @@ class RamLoader:
     def blocks(self) -> list[RAMBlock]: ...
     zero_pages: int
     normal_pages: int
+    encoded_pages: int
     wrong_guesses: int
     """How often the pages read ahead were not the ones that came."""
     def __init__(self, stream: InputStream, landing: Landing, on_flush: Callable[[], None] | None = None) -> None: ...

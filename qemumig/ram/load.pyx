@@ -1,6 +1,6 @@
 """Records from the stream straight into guest RAM (ram.md §2–§4).
 
-In    records on an InputStream: heads, names, fill bytes, pages
+In    records on an InputStream: heads, names, fill bytes, pages, deltas
 Out   guest RAM; which pages have been received
 
 A page that lies in the stream's buffer is copied.  When the buffer runs dry in a page, the rest is read straight into
@@ -15,22 +15,26 @@ that nobody has written yet, so only those are ever guessed: never received, in 
 Threads   one thread at a time per loader; no GIL inside.
 Holds     (1) no byte of a peer is used as an offset, a length or a name before it was checked
           (2) a page is written only at the word of a record for it; after a wrong guess it reads as zero again
-          (3) zeroes are not written to a page that reads as zero: memory that is untouched stays unpopulated
+          (3) a delta patches the page where it lies; one that is malformed may leave it half patched, and ends the load
+          (4) zeroes are not written to a page that reads as zero: memory that is untouched stays unpopulated
 """
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from ..encode.xbzrle cimport DeltaFault, apply_delta, fault_text
 from ..errors import StreamError
 from ..wire.format cimport (
+    ENCODING_FLAG_XBZRLE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
     RAM_SAVE_FLAG_MEM_SIZE,
     RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
     TARGET_PAGE_SIZE,
 )
-from ..wire.stream cimport STREAM_OK, InputStream, get_be64, iovec, put_be64
+from ..wire.stream cimport STREAM_OK, InputStream, get_be16, get_be64, iovec, put_be64
 from .bitmap cimport clear_run
 from .block cimport RAMBlock
 from .landing cimport Landing, LoadBlock
@@ -47,11 +51,15 @@ cdef enum LoadStatus:
     LOAD_BAD_NAME = 5             # no such block
     LOAD_BAD_OFFSET = 6           # past the block's end
     LOAD_BAD_FILL = 7             # a fill byte that is not zero
+    LOAD_BAD_ENCODING = 8         # not a delta
+    LOAD_LONG_DELTA = 9           # longer than a page
+    LOAD_BAD_DELTA = 10           # what is wrong with it is in `fault`
 
 cdef enum:
     RECORDS_AT_A_TIME = 32768     # then the caller looks round, as QEMU's loader does
     GUESS_LIMIT = 128             # pages: the whole guess fits into the stream's buffer
     HEAD = 8
+    DELTA_HEAD = 3                # behind the head of an XBZRLE record: encoding, length
 
 
 cdef class RamLoader:
@@ -67,12 +75,15 @@ cdef class RamLoader:
     cdef uint64_t head_offset         # … and where in the stream it stood
     cdef uint8_t name[256]            # of the block it names
     cdef size_t name_length
-    cdef uint8_t fill
+    cdef uint8_t fill                 # behind a ZERO record; behind an XBZRLE record …
+    cdef uint16_t delta_length        # … its encoding and the length of its delta
+    cdef DeltaFault fault
     cdef int stream_status
     cdef uint8_t heads[GUESS_LIMIT * HEAD]
     cdef iovec iov[1 + 2 * GUESS_LIMIT]
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
+    cdef readonly uint64_t encoded_pages
     cdef readonly uint64_t wrong_guesses
 
     def __cinit__(self, stream not None, Landing landing not None, on_flush=None):
@@ -131,6 +142,31 @@ cdef class RamLoader:
         if there == TARGET_PAGE_SIZE:
             return LOAD_EOS
         return self.read_pages(block, page, there)
+
+    cdef int load_delta(self, LoadBlock *block, uint64_t page) noexcept nogil:
+        """Patch *page*, whether or not this side has the capability on (xbzrle.md §1, §2)."""
+        cdef const uint8_t *delta
+        self.stream_status = self.stream.ensure(DELTA_HEAD)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        self.fill = self.stream.buffer[self.stream.position]
+        self.delta_length = get_be16(self.stream.buffer + self.stream.position + 1)
+        if self.fill != ENCODING_FLAG_XBZRLE:
+            return LOAD_BAD_ENCODING
+        if self.delta_length > TARGET_PAGE_SIZE:
+            return LOAD_LONG_DELTA
+        self.stream_status = self.stream.ensure(DELTA_HEAD + self.delta_length)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        delta = self.stream.buffer + self.stream.position + DELTA_HEAD
+        self.stream.position += DELTA_HEAD + self.delta_length
+        self.landing.note_received(block, page)
+        self.encoded_pages += 1
+        if self.delta_length and apply_delta(
+            block.host + page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE, delta, self.delta_length, &self.fault
+        ):
+            return LOAD_BAD_DELTA
+        return LOAD_EOS
 
     cdef int list_guess(self, LoadBlock *block, uint64_t page, size_t there) noexcept nogil:
         """List where the rest of *page* goes, and the pages that may follow it; returns how many were guessed."""
@@ -224,7 +260,7 @@ cdef class RamLoader:
             if self.head == RAM_SAVE_FLAG_EOS:
                 return LOAD_EOS
             flags &= ~(<uint64_t> RAM_SAVE_FLAG_CONTINUE)
-            if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO:
+            if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO and flags != RAM_SAVE_FLAG_XBZRLE:
                 return LOAD_OTHER
             status = self.take_block()
             if status != LOAD_EOS:
@@ -235,6 +271,8 @@ cdef class RamLoader:
                 return LOAD_BAD_OFFSET
             if flags == RAM_SAVE_FLAG_PAGE:
                 status = self.load_page(block, page)
+            elif flags == RAM_SAVE_FLAG_XBZRLE:
+                status = self.load_delta(block, page)
             else:
                 status = self.load_zero(block, page)
             if status != LOAD_EOS:
@@ -272,7 +310,7 @@ cdef class RamLoader:
             raise StreamError(
                 f"section 'ram' instance 0, record at offset {self.head_offset:#x}: head {self.head:#x} has flags "
                 f"{flags:#x}{flag_names(flags)}, expected one of ZERO (0x2), MEM_SIZE (0x4), PAGE (0x8), EOS (0x10), "
-                f"with PAGE and ZERO also CONTINUE (0x20)",
+                f"XBZRLE (0x40), with PAGE, ZERO and XBZRLE also CONTINUE (0x20)",
                 offset=self.head_offset,
                 section="ram",
                 remedy=remedies.for_record(flags),
@@ -334,6 +372,12 @@ cdef class RamLoader:
                 f"offset {self.head & ~<uint64_t> (TARGET_PAGE_SIZE - 1):#x} in block '{block.idstr}', "
                 f"expected one below {block.used_length:#x}"
             )
+        elif status == LOAD_BAD_ENCODING:
+            finding = f"encoding {self.fill:#x}, expected that of a delta, {ENCODING_FLAG_XBZRLE:#x}"
+        elif status == LOAD_LONG_DELTA:
+            finding = f"a delta of {self.delta_length} bytes, expected at most {TARGET_PAGE_SIZE}"
+        elif status == LOAD_BAD_DELTA:
+            finding = fault_text(&self.fault, TARGET_PAGE_SIZE, self.delta_length)
         else:
             finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
         return StreamError(

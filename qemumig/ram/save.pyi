@@ -1,4 +1,5 @@
 from ..wire.stream import OutputStream
+from .cache import PageCache
 from .dirty import DirtyPages
 
 class PageSender:
@@ -11,7 +12,14 @@ class PageSender:
     out: OutputStream
     zero_pages: int
     normal_pages: int
+    """Sent whole; those that went out as a delta are in neither of the two."""
+    handled_pages: int
+    """All that were dealt with, those that the destination had already included."""
+    last_stage: bool
+    """Set when the guest is stopped: nothing enters the cache any more."""
     def __init__(self, dirty: DirtyPages, out: OutputStream) -> None: ...
+    def encode_with(self, cache: PageCache | None) -> None:
+        """Send pages through *cache* from the second round on; None: send them whole, from now on and for good."""
     @property
     def rounds(self) -> int:
         """How often the walk has passed the last block."""

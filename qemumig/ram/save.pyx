@@ -1,7 +1,8 @@
 """One page after the other: from the dirty bitmap into the stream (ram.md §2, §6).
 
-In    DirtyPages: what must be sent, in the order of the walk
-Out   records on an OutputStream: ZERO (head, fill byte) or PAGE (head, then the page by reference)
+In    DirtyPages: what must be sent, in the order of the walk; a PageCache, when deltas are wanted
+Out   records on an OutputStream: ZERO (head, fill byte), PAGE (head, then the page by reference) or XBZRLE (head, a byte
+      that says what follows, the length of the delta, the delta)
 
     head = offset of the page in its block | flags        8 bytes, big-endian
            + name of the block (u8 length, bytes), unless CONTINUE says "same as before on this channel"
@@ -9,19 +10,32 @@ Out   records on an OutputStream: ZERO (head, fill byte) or PAGE (head, then the
 The engine stops and comes back to its caller when it has sent what it was allowed to, when it enters a chunk that has to
 be visited before its first page may be read, and when no dirty page is left.
 
+Deltas begin with the second round (xbzrle.md §5): the first one sends every page, and a page that is sent once needs no
+copy.  From then on each page passes through the cache, so that the cache knows what the destination has; the copies that
+the stream refers to must have left before the next sync lets the cache replace them.
+
 Threads   the migration thread; no GIL inside.
 Holds     (1) a page's dirty bit is cleared before its bytes are looked at; they are read again when the list is
               flushed, so what leaves is never older than the bit
           (2) the block that CONTINUE refers to is the one of the last record on this stream
+          (3) no page goes past the cache once the first round is over
 """
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcpy
 
 from ..encode.zero cimport is_zero
-from ..wire.format cimport RAM_SAVE_FLAG_CONTINUE, RAM_SAVE_FLAG_PAGE, RAM_SAVE_FLAG_ZERO, TARGET_PAGE_SIZE
-from ..wire.stream cimport STREAM_OK, OutputStream, put_be64
+from ..wire.format cimport (
+    ENCODING_FLAG_XBZRLE,
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_XBZRLE,
+    RAM_SAVE_FLAG_ZERO,
+    TARGET_PAGE_SIZE,
+)
+from ..wire.stream cimport STREAM_OK, OutputStream, put_be16, put_be64
 from .bitmap cimport clear_bit, test_bit
+from .cache cimport SEND_DELTA, SEND_NOTHING, PageCache, Verdict
 from .dirty cimport DirtyPages
 from .search cimport Walk, next_dirty_page
 
@@ -33,6 +47,8 @@ cdef enum SaveStatus:
 
 cdef enum:
     FLUSH_BYTES = 0x100000        # 1 MiB of pages gathered by one writev: some 512 entries
+    LONGEST_HEAD = 8 + 1 + 255    # of a record: the head proper and the name of a block
+    DELTA_HEAD = 3                # what follows the head of an XBZRLE record: encoding, length
 
 
 cdef class PageSender:
@@ -45,13 +61,18 @@ cdef class PageSender:
     cdef list names                   # counted strings, kept alive for …
     cdef const uint8_t *name_table[256]
     cdef size_t name_length[256]
+    cdef uint64_t first_page[256]     # of the block, when the pages of all blocks are numbered through
+    cdef PageCache cache              # None: pages go out whole
+    cdef public bint last_stage       # the guest is stopped: nothing enters the cache any more
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
+    cdef readonly uint64_t handled_pages
     cdef int stream_status
 
     def __cinit__(self, DirtyPages dirty not None, OutputStream out not None):
         cdef int index
         cdef bytes name
+        cdef uint64_t pages = 0
         if dirty.block_count > 256:
             raise ValueError(f"{dirty.block_count} RAM blocks, at most 256")
         self.dirty = dirty
@@ -62,11 +83,17 @@ cdef class PageSender:
             name = self.names[index]
             self.name_table[index] = name
             self.name_length[index] = len(name)
+            self.first_page[index] = pages
+            pages += dirty.table[index].pages
 
     @property
     def rounds(self) -> int:
         """How often the walk has passed the last block."""
         return self.walk.rounds
+
+    def encode_with(self, PageCache cache):
+        """From the second round on send deltas by *cache*; None: pages go out whole from now on; see save.pyi."""
+        self.cache = cache
 
     cdef size_t put_head(self, uint8_t *head, uint64_t flags) noexcept nogil:
         """Write the head of a record for the page at the walk's position; returns its length."""
@@ -80,23 +107,62 @@ cdef class PageSender:
         self.last_block = block
         return 8 + self.name_length[block]
 
+    cdef bint encodes(self) noexcept nogil:
+        """Whether pages go through the cache now."""
+        return self.cache is not None and self.walk.rounds > 0
+
+    cdef uint64_t page_number(self) noexcept nogil:
+        """The number of the page at the walk's position among those of all blocks."""
+        return self.first_page[self.walk.block] + self.walk.page
+
     cdef int send_page(self) noexcept nogil:
         """Send the page at the walk's position, whose dirty bit is clear already."""
-        cdef uint8_t head[8 + 256 + 1]
-        cdef size_t length
-        cdef int status
         cdef const uint8_t *page = self.dirty.table[self.walk.block].host + self.walk.page * TARGET_PAGE_SIZE
         if not test_bit(self.dirty.table[self.walk.block].populated, self.walk.page) or is_zero(page, TARGET_PAGE_SIZE):
-            length = self.put_head(head, RAM_SAVE_FLAG_ZERO)
-            head[length] = 0
-            self.zero_pages += 1
-            return self.out.put(head, length + 1)
-        length = self.put_head(head, RAM_SAVE_FLAG_PAGE)
+            return self.send_zero()
+        if self.encodes():
+            return self.send_encoded(page)
+        return self.send_whole(page)
+
+    cdef int send_zero(self) noexcept nogil:
+        cdef uint8_t head[LONGEST_HEAD + 1]
+        cdef size_t length = self.put_head(head, RAM_SAVE_FLAG_ZERO)
+        if self.encodes() and not self.last_stage:
+            self.cache.insert_zero(self.page_number(), self.dirty.sync_count)
+        head[length] = 0
+        self.zero_pages += 1
+        return self.out.put(head, length + 1)
+
+    cdef int send_whole(self, const uint8_t *page) noexcept nogil:
+        cdef uint8_t head[LONGEST_HEAD]
+        cdef size_t length = self.put_head(head, RAM_SAVE_FLAG_PAGE)
+        cdef int status
         self.normal_pages += 1
         status = self.out.put(head, length)
         if status != STREAM_OK:
             return status
         return self.out.put_reference(page, TARGET_PAGE_SIZE)
+
+    cdef int send_encoded(self, const uint8_t *page) noexcept nogil:
+        """Send what the destination lacks of *page*: all of it, a delta, or nothing."""
+        cdef Verdict verdict
+        cdef uint8_t head[LONGEST_HEAD + DELTA_HEAD]
+        cdef size_t length
+        cdef int status
+        cdef int word = self.cache.settle(self.page_number(), page, self.dirty.sync_count, self.last_stage, &verdict)
+        if word == SEND_NOTHING:
+            return STREAM_OK
+        if word != SEND_DELTA:
+            return self.send_whole(verdict.page)
+        length = self.put_head(head, RAM_SAVE_FLAG_XBZRLE)
+        head[length] = ENCODING_FLAG_XBZRLE
+        put_be16(head + length + 1, <uint16_t> verdict.length)
+        length += DELTA_HEAD
+        self.cache.count_delta(length + verdict.length)
+        status = self.out.put(head, length)
+        if status != STREAM_OK:
+            return status
+        return self.out.put(verdict.delta, verdict.length)
 
     cdef int send_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil:
         cdef uint64_t last_offset = self.out.offset + byte_limit
@@ -115,17 +181,18 @@ cdef class PageSender:
             if self.stream_status != STREAM_OK:
                 return SAVE_FAILED
             self.walk.page += 1
+            self.handled_pages += 1
             sent += 1
         return SAVE_CLEAN
 
     def send(self, uint64_t byte_limit, uint64_t page_limit) -> bool:
         """Send dirty pages, about *byte_limit* bytes and at most *page_limit* pages; True when none is left."""
         cdef uint64_t last_offset = self.out.offset + byte_limit
-        cdef uint64_t before = self.zero_pages + self.normal_pages
+        cdef uint64_t before = self.handled_pages
         cdef uint64_t sent
         cdef int status
         while True:
-            sent = self.zero_pages + self.normal_pages - before
+            sent = self.handled_pages - before
             if self.out.offset >= last_offset or sent >= page_limit:
                 return self.dirty.remaining == 0
             with nogil:

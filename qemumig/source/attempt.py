@@ -195,10 +195,9 @@ class Attempt:
     def _set_up(self) -> None:
         assert self.out is not None
         machine, options = self.machine, self.options
-        chunk_shift = options.migration_property("x-clear-bitmap-shift")
         self._logging = True
         machine.dirty_log.start()
-        self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, chunk_shift)
+        self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, options)
         self._sync()
         self.out.write(sections.encode_file_header())
         if options.migration_property("send-configuration"):
@@ -253,7 +252,8 @@ class Attempt:
     def _sync(self) -> None:
         assert self.ram is not None
         self.ram.dirty.sync()
-        self.dirty_rate.update(self.ram.dirty.new_pages)
+        if self.dirty_rate.update(self.ram.dirty.new_pages):
+            self.ram.end_period()
         self._on_pass(self.ram.dirty.sync_count)
 
     # ---- switchover: the guest is stopped ----

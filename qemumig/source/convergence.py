@@ -118,10 +118,12 @@ class DirtyRate:
         self._start_pages = 0
         self.pages_per_second = 0
 
-    def update(self, new_pages: int) -> None:
-        """*new_pages*: found dirty by all syncs so far."""
+    def update(self, new_pages: int) -> bool:
+        """*new_pages*: found dirty by all syncs so far; True when a period is over."""
         elapsed = time.monotonic() - self._start_s
-        if elapsed > 1:
-            self.pages_per_second = int((new_pages - self._start_pages) / elapsed)
-            self._start_s += elapsed
-            self._start_pages = new_pages
+        if elapsed <= 1:
+            return False
+        self.pages_per_second = int((new_pages - self._start_pages) / elapsed)
+        self._start_s += elapsed
+        self._start_pages = new_pages
+        return True

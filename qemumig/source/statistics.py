@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from ..qapi import MigrationStatus
+from ..ram.cache import PageCache
 from ..wire.format import TARGET_PAGE_SIZE
 from .attempt import Attempt
 
@@ -32,6 +33,8 @@ def describe(attempt: Attempt, status: MigrationStatus, downtime_limit_ms: int) 
         else:
             info["expected-downtime"] = _expected_downtime_ms(attempt, downtime_limit_ms)
         info["ram"] = _ram(attempt, status, total_s)
+        if attempt.ram.cache is not None:
+            info["xbzrle-cache"] = _cache(attempt.ram.cache)
     if attempt.error is not None:
         info["error-desc"] = str(attempt.error)
     return info
@@ -71,4 +74,17 @@ def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str,
         "postcopy-requests": 0,
         "multifd-bytes": 0,
         "dirty-sync-missed-zero-copy": 0,
+    }
+
+
+def _cache(cache: PageCache) -> dict[str, Any]:
+    """XBZRLE (xbzrle.md §6)."""
+    return {
+        "cache-size": cache.size,
+        "bytes": cache.sent_bytes,
+        "pages": cache.hits,
+        "cache-miss": cache.misses,
+        "cache-miss-rate": cache.miss_rate,
+        "encoding-rate": cache.encoding_rate,
+        "overflow": cache.overflows,
     }

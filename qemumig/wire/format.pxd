@@ -62,6 +62,9 @@ cpdef enum RamSaveFlag:
     RAM_SAVE_FLAG_MULTIFD_FLUSH = 0x200       # since 8.1
 
 cpdef enum:
+    ENCODING_FLAG_XBZRLE = 0x01               # the first byte behind the head of an XBZRLE record; no other is known
+
+cpdef enum:
     TARGET_PAGE_BITS = 12
     TARGET_PAGE_SIZE = 4096                   # x86-64
     RAM_SECTION_VERSION = 4                   # of section "ram"; every other one is refused

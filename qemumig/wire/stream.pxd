@@ -41,6 +41,12 @@ cdef inline void put_be32(uint8_t *p, uint32_t value) noexcept nogil:
 
 
 @cython.overflowcheck(False)
+cdef inline void put_be16(uint8_t *p, uint16_t value) noexcept nogil:
+    p[0] = <uint8_t> (value >> 8)
+    p[1] = <uint8_t> value
+
+
+@cython.overflowcheck(False)
 cdef inline void put_be64(uint8_t *p, uint64_t value) noexcept nogil:
     cdef int i
     for i in range(8):

@@ -216,12 +216,11 @@ LIES = {
         frame(start("ram", 4, block_list(b"/rom@etc/acpi/tables", 4096))),
         "block '/rom@etc/acpi/tables' does not exist here, .*; start the destination with -M acpi=on$",
     ),
-    "an XBZRLE page": (
-        frame(start("ram", 4, struct.pack(">Q", 0x1060))),
-        r"section 'ram' instance 0, record at offset 0x25: head 0x1060 has flags 0x60 \(CONTINUE, XBZRLE\), expected .*"
-        "; say 'migrate_set_capability xbzrle off' at the source$",
+    "a compressed page": (
+        frame(start("ram", 4, struct.pack(">Q", 0x1120))),
+        r"section 'ram' instance 0, record at offset 0x25: head 0x1120 has flags 0x120 \(CONTINUE, COMPRESS_PAGE\), "
+        "expected .*; say 'migrate_set_capability compress off' at the source$",
     ),
-    "a compressed page": (frame(start("ram", 4, struct.pack(">Q", 0x1100))), "COMPRESS_PAGE.*; .*compress off"),
     "a subsection of Xen": (
         frame(section("cpu", 0, 12, CPU.save(CpuState())[0] + b"\x05\x0ccpu/xen_vcpu\0\0\0\1" + bytes(40))),
         "section 'cpu' instance 0 at offset 0x[0-9a-f]+: unknown subsection 'cpu/xen_vcpu' of 'cpu'; the guest has a Xen",

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from qemumig.errors import ChannelError, MigrationCancelled, StreamError
+from qemumig.ram.cache import PageCache
 from qemumig.ram.dirty import DirtyPages
 from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
@@ -136,6 +137,83 @@ def resident_pages(memory: Memory) -> int:
     return sum(entries[i + 7] >> 7 for i in range(0, len(entries), 8))
 
 
+def write_randomly(memory: Memory, page: int, chance: random.Random) -> None:
+    """Leave *page* as it is, zero it, rewrite it, or change some of its bytes."""
+    kind = chance.random()
+    if kind < 0.1:
+        memory.write(page * PAGE, bytes(PAGE))
+    elif kind < 0.2:
+        memory.write(page * PAGE, chance.randbytes(PAGE))
+    elif kind < 0.8:
+        for _ in range(chance.randrange(1, 30)):
+            memory.write(page * PAGE + chance.randrange(PAGE - 8), chance.randbytes(chance.randrange(1, 8)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_deltas_keep_the_destination_equal_through_every_round(seed: int) -> None:
+    """The cache is smaller than the memory that is written, and is resized on the way."""
+    sources = [Memory("big", 600 * PAGE), Memory("small", 37 * PAGE)]
+    targets = [Memory("big", 600 * PAGE), Memory("small", 37 * PAGE)]
+    chance = random.Random(seed)
+    for memory in sources:
+        fill(memory, seed, 0.2)
+    with channel_pair() as (left, right):
+        out, cache = OutputStream(left), PageCache(256 * PAGE)
+        loader = RamLoader(InputStream(right), Landing([target.block for target in targets]))
+        dirty = DirtyPages([source.block for source in sources], QuietLog())
+        sender = PageSender(dirty, out)
+        sender.encode_with(cache)
+        for round_number in range(1, 9):
+            sender.last_stage = round_number == 8
+            dirty.sync()  # counts what was set by hand, and begins a generation of the cache
+            thread, errors = load_in_thread(loader)
+            while not sender.send(chance.randrange(1, 100000), chance.randrange(1, 300)):
+                pass
+            out.write(EOS)
+            out.flush()
+            thread.join()
+            assert errors == []
+            assert [m.contents() for m in targets] == [m.contents() for m in sources], f"after round {round_number}"
+            if round_number == 1:
+                assert cache.hits == cache.misses == 0
+            cache.resize(chance.choice([128, 256, 512]) * PAGE)
+            for _ in range(400):
+                memory, bitmap = chance.choice(list(zip(sources, dirty.bitmaps, strict=True)))
+                page = chance.randrange(len(memory.map) // PAGE)
+                write_randomly(memory, page, chance)
+                bitmap.set(page)
+    assert cache.hits > cache.overflows > 0 and cache.misses > 0
+    assert loader.encoded_pages > 100
+    assert loader.normal_pages == sender.normal_pages and loader.zero_pages == sender.zero_pages
+    unchanged = sender.handled_pages - sender.normal_pages - sender.zero_pages - loader.encoded_pages
+    assert unchanged == cache.hits - cache.overflows - loader.encoded_pages > 0
+
+
+def test_a_whole_page_leaves_as_the_cache_has_it_even_if_the_guest_writes_meanwhile() -> None:
+    source, target = Memory("ram", 8 * PAGE), Memory("ram", 8 * PAGE)
+    fill(source, 1, 0.0)
+    with channel_pair() as (left, right):
+        out, cache = OutputStream(left), PageCache(8 * PAGE)
+        loader = RamLoader(InputStream(right), Landing([target.block]))
+        dirty = DirtyPages([source.block], QuietLog())
+        sender = PageSender(dirty, out)
+        sender.encode_with(cache)
+        for round_number in range(4):
+            thread, errors = load_in_thread(loader)
+            dirty.bitmaps[0].set(3)
+            dirty.sync()
+            source.write(3 * PAGE, bytes([round_number + 1]) * PAGE)
+            assert sender.send(1 << 20, 100)
+            if round_number:
+                source.write(3 * PAGE + 50, b"written after the page was listed, and before it left")
+            out.write(EOS)
+            out.flush()
+            thread.join()
+            assert errors == []
+            if round_number:
+                assert cache.held(3) == target.read(3 * PAGE, PAGE) == bytes([round_number + 1]) * PAGE
+
+
 class ClearingLog(QuietLog):
     """Remembers which chunks were protected again, and insists that it happens before their pages leave."""
 
@@ -189,7 +267,7 @@ def block_list(total: int, name: bytes, length: int) -> bytes:
     return head(total, MEM_SIZE) + bytes([len(name)]) + name + length.to_bytes(8, "big")
 
 
-ZERO, MEM_SIZE, FULL_PAGE, CONTINUE = 0x2, 0x4, 0x8, 0x20
+ZERO, MEM_SIZE, FULL_PAGE, CONTINUE, DELTA = 0x2, 0x4, 0x8, 0x20, 0x40
 
 LENGTH = 64 * PAGE
 LIES = [
@@ -204,7 +282,11 @@ LIES = [
     ("obsolete", head(0, 1), "has flags 0x1"),
     ("unknown flag", head(0, 0x400), "has flags 0x400"),
     ("EOS with an offset", head(PAGE, 0x10), "has flags 0x10"),
-    ("xbzrle", head(0, 0x40, b"ram"), "has flags 0x40"),
+    ("not a delta", head(0, DELTA, b"ram") + b"\2\0\3\0\1A", "encoding 0x2, expected that of a delta, 0x1"),
+    ("long delta", head(0, DELTA, b"ram") + b"\1\x10\1" + bytes(PAGE + 1), "a delta of 4097 bytes, expected at most 4096"),
+    ("delta past the page", head(0, DELTA, b"ram") + b"\1\0\5\xff\x1f\2wx", "delta changes 2 bytes from 4095 on"),
+    ("delta past its end", head(0, DELTA, b"ram") + b"\1\0\3\5\x10w", "changes 16 bytes, and fewer follow"),
+    ("compressed", head(0, 0x100, b"ram"), "has flags 0x100"),
     ("hook", head(0, 0x80), "has flags 0x80"),
     ("list of an unknown block", block_list(PAGE, b"rom", PAGE), "block 'rom' does not exist"),
     ("list, another length", block_list(PAGE, b"ram", PAGE), "has 0x40000 bytes here, the stream says 0x1000"),
@@ -227,10 +309,11 @@ def test_a_body_that_ends_early_is_refused_at_every_byte() -> None:
         + head(0, FULL_PAGE, b"ram") + b"a" * PAGE
         + head(PAGE, FULL_PAGE | CONTINUE) + b"b" * PAGE
         + head(5 * PAGE, ZERO | CONTINUE) + b"\0"
+        + head(PAGE, DELTA | CONTINUE) + b"\1\0\3\5\1c"
         + EOS
     )  # fmt: skip
     _, target = load(body)
-    assert target.read(0, 2 * PAGE) == b"a" * PAGE + b"b" * PAGE
+    assert target.read(0, 2 * PAGE) == b"a" * PAGE + b"bbbbbc" + b"b" * (PAGE - 6)
     steps = [*range(0, 60), *range(60, len(body), 97), *range(len(body) - 20, len(body))]
     for length in steps:
         with pytest.raises(StreamError, match="stream ends inside"):
