@@ -46,7 +46,7 @@ CAPABILITIES = (
     Capability("dirty-bitmaps"),
     Capability("postcopy-blocktime"),
     Capability("late-block-activate", built=True),  # activation is always late, as in QEMU 10.0
-    Capability("x-ignore-shared"),
+    Capability("x-ignore-shared", built=True),
     Capability("validate-uuid", built=True),
     Capability("background-snapshot"),
     Capability("zero-copy-send"),

@@ -189,6 +189,7 @@ def _block(idstr: str, memory: HostMemory, guest_address: int) -> RAMBlock:
         page_size=memory.page_size,
         guest_address=guest_address,
         shared=memory.shared,
+        named=memory.kind == "file",
         anonymous=memory.kind == "anonymous" and not memory.shared,
         fresh=memory.fresh,
         owner=memory,

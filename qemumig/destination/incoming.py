@@ -72,7 +72,6 @@ class IncomingMigration:
         self._lock = threading.Lock()  # guards autostart against the moment of the start
         self._autostart = autostart
         self._exit_on_error = True
-        self._closing = False
         self._quit: QuitEvent | None = None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
@@ -131,8 +130,6 @@ class IncomingMigration:
 
     def close(self) -> None:
         """End whatever runs and join its thread; the process is about to exit."""
-        self._exit_on_error = False
-        self._closing = True
         if self._quit is not None:
             self._quit.set()
         self._join()
@@ -153,12 +150,12 @@ class IncomingMigration:
             raise
         finally:
             self._clean_up()
-        if self._states.status is not MigrationStatus.FAILED:
-            return
+        if self._states.status is not MigrationStatus.FAILED or isinstance(self.error, MigrationCancelled):
+            return  # there is nothing to say, or the process ends and knows why
         message = f"load of migration failed: {self.error}"
         if self._exit_on_error:
             self._on_failure(message)
-        elif not self._closing:
+        else:
             print(message, file=sys.stderr)
 
     def _take_guest(self) -> None:

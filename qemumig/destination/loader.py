@@ -59,7 +59,7 @@ class StreamLoader:
         self._pong = pong
         self._look_round = look_round
         self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
-        self.landing = Landing(machine.ram_blocks)
+        self.landing = Landing(machine.ram_blocks, ignore_shared=options.capability("x-ignore-shared"))
         self.ram = RamLoader(stream, self.landing)
         self.staged: list[tuple[DeviceSection, Any]] = []
         self.places: dict[tuple[str, int], int] = {}  # where in the stream each staged section began
@@ -85,7 +85,19 @@ class StreamLoader:
             self._load_configuration()
         while self._load_element():
             self._look_round()
+        self._check_memory()
         self.description_missing = sections.skip_vmdescription(self._stream) is None
+
+    def _check_memory(self) -> None:
+        """Refuse a guest whose memory was left out because the source believed it to be here (ram.md §9)."""
+        block = None if self._options.capability("mapped-ram") else self.landing.forgotten()
+        if block is not None:
+            text = (
+                f"end of the stream at offset {self._stream.offset:#x}: no page of block '{block.idstr}' has come; "
+                f"the source leaves out all shared memory, and this one is of no file that both ends could have"
+            )
+            remedy = "use memory-backend-file with share=on, or switch off capability 'x-ignore-shared' on both sides"
+            raise StreamError(text, offset=self._stream.offset, section=live.IDSTR, remedy=remedy)
 
     def _load_configuration(self) -> None:
         """Read what both ends must agree on before anything else, and compare it."""

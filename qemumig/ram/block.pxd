@@ -11,6 +11,7 @@ cdef class RAMBlock:
     cdef readonly uint64_t page_size     # bytes of one host page (4096, or a huge page's)
     cdef readonly uint64_t guest_address # guest-physical address of its first byte
     cdef readonly bint shared            # mapped shared: another process may see writes
+    cdef readonly bint named             # of a file with a name, by which another process finds it
     cdef readonly bint anonymous         # private anonymous memory: what is not populated is zero
     cdef public bint fresh               # nobody has written to it since it was mapped
     cdef readonly object owner           # keeps the mapping alive

@@ -18,6 +18,7 @@ cdef class RAMBlock:
         uint64_t page_size=4096,
         uint64_t guest_address=0,
         bint shared=False,
+        bint named=False,
         bint anonymous=False,
         bint fresh=False,
         object owner=None,
@@ -36,6 +37,7 @@ cdef class RAMBlock:
         self.page_size = page_size
         self.guest_address = guest_address
         self.shared = shared
+        self.named = named
         self.anonymous = anonymous
         self.fresh = fresh
         self.owner = owner
@@ -44,6 +46,11 @@ cdef class RAMBlock:
     def pages(self) -> int:
         """Target pages in use."""
         return self.used_length // TARGET_PAGE_SIZE
+
+    @property
+    def is_at_both_ends(self) -> bool:
+        """Whether the other end of a migration can have this very memory, and `x-ignore-shared` leaves it out."""
+        return self.shared and self.named
 
     def __repr__(self) -> str:
         return f"RAMBlock({self.idstr!r}, {self.used_length:#x} bytes at {self.host_address:#x})"

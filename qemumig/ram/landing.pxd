@@ -22,6 +22,7 @@ cdef class Landing:
     cdef LoadBlock *table
     cdef int block_count
     cdef bint shared                  # several threads receive pages at once
+    cdef readonly bint ignore_shared  # memory that the source's process has, too, is left out
 
     cdef int find_block(self, const uint8_t *name, size_t length) noexcept nogil
     cdef void clear_page(self, LoadBlock *block, uint64_t page) noexcept nogil

@@ -20,11 +20,12 @@ from .block cimport RAMBlock
 cdef class Landing:
     """What can be received of *blocks*; see landing.pyi."""
 
-    def __cinit__(self, blocks):
+    def __cinit__(self, blocks, *, bint ignore_shared=False):
         cdef RAMBlock block
         cdef Bitmap bitmap
         cdef bytes name
         cdef int index
+        self.ignore_shared = ignore_shared
         self.blocks = list(blocks)
         self.block_count = len(self.blocks)
         self.names = [block.idstr.encode() for block in self.blocks]
@@ -38,7 +39,7 @@ cdef class Landing:
             bitmap = Bitmap(block.max_length // TARGET_PAGE_SIZE)
             self.received.append(bitmap)
             self.table[index].host = <uint8_t *> block.host_address
-            self.table[index].pages = block.used_length // TARGET_PAGE_SIZE
+            self.table[index].pages = 0 if self.is_ignored(block) else block.used_length // TARGET_PAGE_SIZE
             self.table[index].received = bitmap.words
             self.table[index].fresh = block.fresh
             block.fresh = False  # once a load has begun, only a discard makes it so again
@@ -47,6 +48,18 @@ cdef class Landing:
 
     def __dealloc__(self):
         free(self.table)
+
+    def is_ignored(self, RAMBlock block not None):
+        """Whether no page of *block* may come; see landing.pyi."""
+        return self.ignore_shared and block.is_at_both_ends
+
+    def forgotten(self):
+        """A block of which no page has come although one should have; see landing.pyi."""
+        cdef int index
+        for index in range(self.block_count if self.ignore_shared else 0):
+            if self.blocks[index].shared and self.table[index].pages and not self.received[index].count():
+                return self.blocks[index]
+        return None
 
     def share(self):
         """Several threads load pages from now on; see landing.pyi."""

@@ -34,11 +34,16 @@ CACHE_SIZE = "xbzrle-cache-size"
 
 
 class RamSource:
-    """All of RAM on its way into one stream.  Sizes in bytes."""
+    """All of RAM on its way into one stream.  Sizes in bytes.
+
+    With `x-ignore-shared`, memory that the destination has already is listed, but neither sent nor counted (ram.md §9).
+    """
 
     def __init__(self, blocks: Sequence[RAMBlock], log: DirtyLog, out: OutputStream, options: MigrationOptions) -> None:
         # by descending length, as QEMU lists and walks them
-        self.blocks = sorted(blocks, key=lambda block: -block.used_length)
+        self._listed = sorted(blocks, key=lambda block: -block.used_length)
+        self._ignore_shared = options.capability("x-ignore-shared")
+        self.blocks = [block for block in self._listed if not (self._ignore_shared and block.is_at_both_ends)]
         self._out = out
         self._options = options
         self.cache = new_cache(options.parameter(CACHE_SIZE)) if options.capability("xbzrle") else None
@@ -60,10 +65,13 @@ class RamSource:
 
     def write_block_list(self) -> None:
         """START's body."""
-        self._out.write_be64(self.total | RamSaveFlag.RAM_SAVE_FLAG_MEM_SIZE)
-        for block in self.blocks:
+        total = sum(block.used_length for block in self._listed)
+        self._out.write_be64(total | RamSaveFlag.RAM_SAVE_FLAG_MEM_SIZE)
+        for block in self._listed:
             name = block.idstr.encode()
             self._out.write(bytes([len(name)]) + name + block.used_length.to_bytes(8, "big"))
+            if self._ignore_shared:
+                self._out.write_be64(block.guest_address)
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
 
     def write_part(self, allowance: int) -> None:

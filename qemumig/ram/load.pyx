@@ -328,6 +328,8 @@ cdef class RamLoader:
                 raise self.unknown_block(name, place, length, is_main=left == total)
             index = self.landing.names.index(name)
             self.take_length(index, length, place)
+            if self.landing.ignore_shared:
+                self.check_address(index, self.stream.read_be64("the list of RAM blocks"), place)
             if length > left:
                 raise list_error(
                     place,
@@ -336,12 +338,20 @@ cdef class RamLoader:
                 )
             left -= length
 
+    cdef check_address(self, int index, uint64_t address, place):
+        """Memory that both ends have must be the same memory: seen by the guest at the same place."""
+        cdef RAMBlock block = self.blocks[index]
+        if self.landing.is_ignored(block) and address != block.guest_address:
+            raise list_error(
+                place, f"block '{block.idstr}' is at guest address {block.guest_address:#x} here, at {address:#x} there"
+            )
+
     cdef take_length(self, int index, uint64_t length, place):
         """Let a block have the length that it has at the source, if there is room to grow or shrink in."""
         cdef RAMBlock block = self.blocks[index]
         if length == block.used_length:
             return
-        if length > block.max_length or length % TARGET_PAGE_SIZE or block.max_length == block.used_length:
+        if length > block.max_length or self.landing.is_ignored(block) or length % TARGET_PAGE_SIZE or block.max_length == block.used_length:
             raise list_error(
                 place,
                 f"block '{block.idstr}' has {block.used_length:#x} bytes here, the stream says {length:#x}",
@@ -366,6 +376,9 @@ cdef class RamLoader:
             return self.unknown_block(self.name[:self.name_length], place)
         if status == LOAD_NO_BLOCK:
             finding = f"head {self.head:#x} continues a block, expected a name: no page came before it on this channel"
+        elif status == LOAD_BAD_OFFSET and self.landing.is_ignored(self.blocks[self.last_block]):
+            block = self.blocks[self.last_block]
+            finding = f"a page of block '{block.idstr}', expected none: with x-ignore-shared both ends have that memory"
         elif status == LOAD_BAD_OFFSET:
             block = self.blocks[self.last_block]
             finding = (

@@ -202,7 +202,8 @@ class Attempt:
         self.out.write(sections.encode_file_header())
         if options.migration_property("send-configuration"):
             uuid = machine.uuid if options.capability("validate-uuid") else None
-            configuration = sections.Configuration.of(machine.machine_type, uuid=uuid)
+            on = (name for name, state in options.capabilities().items() if state)
+            configuration = sections.Configuration.of(machine.machine_type, capabilities=on, uuid=uuid)
             data, self._configuration_description = sections.encode_configuration(configuration)
             self.out.write(data)
         if self._return_path is not None:

@@ -139,11 +139,24 @@ class FakeMachine:
         incoming: bool = False,
         guest: bool = False,
         uuid: bytes | None = None,
+        shared_ram: mmap.mmap | None = None,
+        named: bool = True,
     ) -> None:
+        """*shared_ram* is mapped shared and serves as RAM: of a file if it is *named*, else nobody else can have it."""
         self.uuid = uuid
-        self._memory = {"microvm.ram": _private(ram_size), "pc.bios": _private(64 << 10)}
+        self._shared = shared_ram
+        self._memory = {"microvm.ram": shared_ram or _private(ram_size), "pc.bios": _private(64 << 10)}
         self.ram_blocks: Sequence[RAMBlock] = [
-            RAMBlock(name, _address(memory), len(memory), fresh=incoming, owner=memory)
+            RAMBlock(
+                name,
+                _address(memory),
+                len(memory),
+                guest_address={"microvm.ram": 0, "pc.bios": 0xFFFF0000}[name],
+                shared=memory is shared_ram,
+                named=memory is shared_ram and named,
+                fresh=incoming and memory is not shared_ram,
+                owner=memory,
+            )
             for name, memory in self._memory.items()
         ]
         self.ram = self.ram_blocks[0]
@@ -217,10 +230,11 @@ class FakeMachine:
             self.records[section.idstr, section.instance_id] = record
 
     def discard_ram(self) -> None:
-        """All memory reads as zeroes again."""
+        """All memory that is ours alone reads as zeroes again."""
         self._require_stopped("discard the memory")
         for memory in self._memory.values():
-            memory.madvise(mmap.MADV_DONTNEED)
+            if memory is not self._shared:
+                memory.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """End the guest's thread; the memory goes with the last reference."""

@@ -7,18 +7,19 @@ import mmap
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from qemumig.channels.channel import QuitEvent, SocketChannel
 from qemumig.ram.block import RAMBlock
 
 
 class Memory:
-    """Anonymous memory of *size* bytes as a RAMBlock."""
+    """Anonymous memory of *size* bytes as a RAMBlock; *block* says more about that."""
 
-    def __init__(self, idstr: str, size: int, *, fresh: bool = True, flags: int = mmap.MAP_SHARED) -> None:
+    def __init__(self, idstr: str, size: int, *, fresh: bool = True, flags: int = mmap.MAP_SHARED, **block: Any) -> None:
         self.map = mmap.mmap(-1, size, flags=flags)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.block = RAMBlock(idstr, self._address, size, fresh=fresh, owner=self)
+        self.block = RAMBlock(idstr, self._address, size, fresh=fresh, owner=self, **block)
 
     def read(self, offset: int, length: int) -> bytes:
         return self.map[offset : offset + length]

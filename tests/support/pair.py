@@ -12,6 +12,7 @@ The link is a relay over TCP on loopback; a cut ends both of its connections at 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import socket
@@ -150,11 +151,14 @@ class Pair:
         parameters: dict[str, Any] | None = None,
         ram_size: int = 4 << 20,
         exit_on_error: bool = False,
+        shared_ram: mmap.mmap | None = None,
     ) -> None:
         self.events: dict[str, list[Any]] = {"source": [], "destination": []}
         self.failures: list[str] = []
-        self.source = FakeMachine(ram_size, guest=True, manual_clear=manual_clear)
-        self.destination = FakeMachine(ram_size, guest=True, manual_clear=manual_clear, incoming=True)
+        self.source = FakeMachine(ram_size, guest=True, manual_clear=manual_clear, shared_ram=shared_ram)
+        self.destination = FakeMachine(
+            ram_size, guest=True, manual_clear=manual_clear, incoming=True, shared_ram=shared_ram
+        )
         for offset in range(2 << 20, ram_size, 3 * 4096):
             self.source.write(self.source.ram, offset, os.urandom(4096))
         options = MigrationOptions()
