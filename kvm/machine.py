@@ -96,6 +96,7 @@ class MicroVM:
         self.uuid = config.uuid
         self.on_shutdown: Callable[[bool, str], None] | None = None
         self.reboots = True
+        self.migration_blockers: list[str] = []  # complete once it is made
         self._config = config
         self._emit = emit
         self._warn = warn or Diagnostics().say
@@ -124,6 +125,8 @@ class MicroVM:
         model = CpuModel(config.cpu_model, config.cpu_features, supported, host_brand=host_brand())
         for warning in model.warnings:
             self._warn(f"warning: {warning}")
+        if model.has("invtsc"):
+            self.migration_blockers.append("State blocked by non-migratable CPU device (invtsc flag)")
         memory_closer = closers.enter_context(ExitStack())  # guest memory outlives the VM that maps it
         self._vm = closers.enter_context(kvm.create_vm())
         self._vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)

@@ -83,6 +83,10 @@ class Machine(Protocol):
         """The record of what the guest writes."""
 
     @property
+    def migration_blockers(self) -> Sequence[str]:
+        """Why this machine cannot be migrated now, each reason a sentence; the first one is what `migrate` says."""
+
+    @property
     def runstate(self) -> RunState:
         """What the machine is doing now."""
 

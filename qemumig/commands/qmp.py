@@ -153,9 +153,11 @@ class MigrationCommands:
         self._source.proceed(MigrationStatus(state))
 
     def query_migrate(self) -> dict[str, Any]:
-        if self._source.status is MigrationStatus.NONE:
-            return self._destination.query()
-        return self._source.query()
+        side = self._destination if self._source.status is MigrationStatus.NONE else self._source
+        info = side.query()
+        if blockers := list(self._machine.migration_blockers):
+            info["blocked-reasons"] = blockers
+        return info
 
     def migrate_set_capabilities(self, capabilities: list[dict[str, Any]]) -> None:
         if self._source.is_running:

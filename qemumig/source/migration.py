@@ -130,6 +130,8 @@ class Migration:
             raise StateError("Guest is waiting for an incoming migration", state=runstate)
         if runstate is RunState.POSTMIGRATE:
             raise StateError("Can't migrate the vm that was paused due to previous migration", state=runstate)
+        if blockers := self._machine.migration_blockers:
+            raise StateError(blockers[0], state=runstate)
 
     def _wait_for_thread(self) -> None:
         """The status is final a moment before the thread has ended."""

@@ -618,6 +618,13 @@ def test_features_that_are_not_to_be_had_are_warned_of(workshop: Workshop) -> No
     assert workshop.warnings == ["warning: host doesn't support requested feature: CPUID.01H:ECX.vmx [bit 5]"]
 
 
+def test_a_processor_whose_clock_cannot_change_bars_migration(workshop: Workshop) -> None:
+    assert workshop.machine().migration_blockers == []
+    blockers = workshop.machine(cpu_features={"pni": False, "invtsc": True}).migration_blockers
+    is_missing = any("invtsc" in warning for warning in workshop.warnings)
+    assert blockers == ([] if is_missing else ["State blocked by non-migratable CPU device (invtsc flag)"])
+
+
 @pytest.mark.parametrize(
     ("config", "error"),
     [

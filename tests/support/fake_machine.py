@@ -168,6 +168,7 @@ class FakeMachine:
         self.records: dict[tuple[str, int], Any] = {
             (section.idstr, section.instance_id): section.vmstate.record() for section in self._sections
         }
+        self.migration_blockers: list[str] = []
         self.loads = 0
         self.guest = FakeGuest(self) if guest else None
 

@@ -169,11 +169,11 @@ def mute_peer():
 
 
 def stuck(source, uri):
-    """Migrate to a peer that takes what the socket buffers take, and never answers."""
+    """Migrate to a peer that takes what the socket buffers take, a round or all of them, and never answers."""
     source.machine.start()
     source.ask("migrate-set-parameters", max_bandwidth=0)
     source.ask("migrate", uri=uri)
-    wait_for(lambda: source.ask("query-migrate")["status"] == "device", "the switchover")
+    wait_for(lambda: source.ask("query-migrate")["status"] in ("active", "device"), "the first pages")
 
 
 def test_threads_are_listed_while_a_migration_runs(source, mute_peer):
@@ -211,3 +211,16 @@ def test_yanking_a_destination_that_listens_changes_nothing(destination):
     listening(destination)
     destination.control.yank()
     assert destination.ask("query-migrate")["status"] == "setup"
+
+
+def test_what_bars_a_migration_is_listed_at_any_time_and_said_when_it_is_asked_for(source, destination):
+    assert source.ask("query-migrate") == {}
+    source.machine.migration_blockers = ["it is nailed down", "it is asleep"]
+    assert source.ask("query-migrate") == {"blocked-reasons": ["it is nailed down", "it is asleep"]}
+    assert source.refusal("migrate", uri="tcp:127.0.0.1:1") == "it is nailed down"
+    assert source.ask("query-migrate") == {"blocked-reasons": ["it is nailed down", "it is asleep"]}
+    source.machine.migration_blockers = []
+    source.ask("migrate", uri="tcp:127.0.0.1:1")
+    destination.machine.migration_blockers = ["it is nailed down"]
+    listening(destination)
+    assert destination.ask("query-migrate")["blocked-reasons"] == ["it is nailed down"]
