@@ -21,6 +21,10 @@ class Diagnostics:
         """Print "PROG: *text*"."""
         self._print(f"{self.program}: {text}")
 
+    def say_at(self, place: str, text: str) -> None:
+        """Print "PROG:*place*: *text*"; a place is a file, or a line of it."""
+        self._print(f"{self.program}:{place}: {text}")
+
     def error(self, error: UsageError) -> None:
         """Print what is wrong with the command line, and the hints that go with it."""
         for text in error.messages:

@@ -32,6 +32,7 @@ from qemumig.errors import MachineError, StateError
 from qemumig.machine import DeviceSection
 from qemumig.qapi import RunState
 
+from . import trace
 from .boot import load_firmware
 from .config import MachineConfig
 from .cpuid import CpuModel, host_brand
@@ -279,6 +280,7 @@ class MicroVM:
         self._require_next(state)
         if state is RunState.FINISH_MIGRATE:
             self._board.release_disks()
+        trace.runstate_set(self._runstate.value, state.value)
         self._runstate = state
 
     # -- vCPUs, all at once; under the transition lock

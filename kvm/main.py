@@ -22,6 +22,7 @@ from qemumig.commands.command import CommandError
 from qemumig.errors import MigrationError
 from qemumig.threads import workers
 
+from . import trace
 from .block_options import Disks
 from .boot import FirmwareError
 from .chardev_options import CharDevices
@@ -38,6 +39,7 @@ from .monitor.yank import Yank
 from .options import Arguments, BackendRequest, HelpRequested, MonitorRequest, block_pairs, parse
 from .process import Background, PidFile
 from .signals import SignalWatcher, describe
+from .trace_options import start_tracing
 
 if TYPE_CHECKING:
     from qemumig.commands.command import Command
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     diagnostics.timestamps = arguments.timestamps
     for warning in arguments.warnings:
         diagnostics.say(warning)
+    if not start_tracing(trace.TRACE, arguments.traces, diagnostics):
+        return 1
     background = None
     if arguments.daemonize:
         entered = Background.enter()
@@ -257,6 +261,7 @@ class Program:
         from .monitor.hmp import make_shell
         from .monitor.inventory import Inventory
         from .monitor.objects import ObjectCommands, make_tree
+        from .monitor.tracing import TraceCommands
 
         arguments, devices, objects = self._arguments, self._devices, self._objects
         disks = describe(config.disks, drives=arguments.drives, nodes=arguments.blockdevs, devices=arguments.devices)
@@ -267,6 +272,7 @@ class Program:
         dumps = Dumps(view, config.cpus)
         self._closers.push_async_callback(dumps.close)
         yield dumps.commands()
+        yield TraceCommands(trace.TRACE).commands()
         yield make_shell(self._registry, view, control.options, self._diagnostics.say).qmp_commands()
 
     def _make_migration(self, machine: MicroVM) -> MigrationCommands:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from . import trace
 from .config import Chipset
 from .keyval import UsageError, choice, identifier, integer, size, split, switch, unique
 from .monitor.json_stream import INCOMPLETE, JsonError, JsonStream
@@ -112,6 +113,7 @@ class Arguments:
     timestamps: bool = False
     migration_properties: list[tuple[str, str]] = field(default_factory=list)
     vapic: bool = True
+    traces: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)  # as typed, by key
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -380,6 +382,13 @@ def _action(arguments: Arguments, text: str) -> None:
 def _message(arguments: Arguments, text: str) -> None:
     keys = unique(split(text), ("timestamp",))
     arguments.timestamps = switch("timestamp", keys.get("timestamp", "off"))
+
+
+def _trace(arguments: Arguments, text: str) -> None:
+    keys = unique(split(text, "enable"), ("enable", "events", "file"))
+    if keys.get("enable") in ("help", "?"):
+        raise HelpRequested("\n".join(event.name for event in trace.TRACE.events()))
+    arguments.traces.append((text, keys))
 
 
 def _global(arguments: Arguments, text: str) -> None:
@@ -684,6 +693,12 @@ OPTIONS = {
         Option("daemonize", "", "go to the background once all sockets listen", _daemonize),
         Option("pidfile", "FILE", "write the process id there; the file goes at the end", _pidfile),
         Option("msg", "timestamp=on|off", "put the time in front of messages", _message),
+        Option(
+            "trace",
+            "[enable=]PATTERN[,events=FILE][,file=FILE]",
+            "trace events to stderr or a file; help lists them",
+            _trace,
+        ),
         Option("nographic", "", "the serial port goes to stdio unless -serial says otherwise", _nographic),
         Option("nodefaults", "", "no serial port unless -serial asks for one", _no_defaults),
         Option("no-user-config", "", "accepted: there are no configuration files", _nothing),

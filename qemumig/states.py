@@ -38,6 +38,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from . import trace
 from .errors import StateError
 from .qapi import MigrationStatus as S
 
@@ -90,6 +91,7 @@ class StatusMachine:
             if new not in self._table[expected]:
                 raise StateError(f"no path from '{expected.value}' to '{new.value}'", state=expected, required=new)
             self._status = new
+        trace.migrate_set_state(new.value)
         self._announce(new)
         return True
 

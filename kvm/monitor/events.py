@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .. import trace
+
 Message = dict[str, Any]
 Subscriber = Callable[[Message], None]
 
@@ -115,6 +117,7 @@ class EventHub:
 
     def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
         """Tell every monitor that *name* happened; *data* is what goes with it."""
+        trace.monitor_protocol_event_emit(name)
         with self._lock:
             self._queue.append(event(name, data))
             if self._loop is None:

@@ -164,8 +164,6 @@ def query_cpu_definitions() -> list[dict[str, Any]]:
 def absent_parts() -> Iterable[Command]:
     """Commands about parts that this machine never has."""
     announcement = tuple(Argument(name, INT) for name in ("initial", "max", "rounds", "step"))
-    pattern = Argument("name", STR)
-    change = (Argument("enable", BOOL), Argument("ignore-unavailable", BOOL, optional=True))
     chosen = (Argument("interfaces", ListOf(STR), optional=True), Argument("id", STR, optional=True))
     return [
         Command("query-balloon", no_balloon, returns=Struct(Argument("actual", UINT64))),
@@ -178,8 +176,6 @@ def absent_parts() -> Iterable[Command]:
             returns=ListOf(Struct(Argument("name", STR))),
         ),
         Command("announce-self", announce_nothing, (*announcement, *chosen)),
-        Command("trace-event-get-state", no_trace_event, (pattern,), returns=types.TRACE_EVENTS),
-        Command("trace-event-set-state", set_no_trace_event, (pattern, *change)),
     ]
 
 
@@ -197,15 +193,3 @@ def no_network_card(name: str | None = None) -> list[dict[str, Any]]:
 
 def announce_nothing(**_schedule: Any) -> None:
     """Have every network card tell the switches where it is: there is none."""
-
-
-def no_trace_event(name: str) -> list[dict[str, Any]]:
-    """List trace events by a pattern; none is compiled in."""
-    if not set(name) & set("*?"):
-        raise CommandError(f'unknown event "{name}"')
-    return []
-
-
-def set_no_trace_event(name: str, enable: bool, ignore_unavailable: bool = False) -> None:
-    """Switch trace events on or off."""
-    no_trace_event(name)

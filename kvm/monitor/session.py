@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from qemumig.commands.command import Command, CommandError
 
+from .. import trace
 from ..chardev import close_descriptors
 from .json_stream import INCOMPLETE, JsonError, JsonStream
 
@@ -203,7 +204,11 @@ class Session:
         if request.descriptors:
             close_descriptors(self._loose)
             self._loose, request.descriptors = request.descriptors, []
+        if trace.handle_qmp_command.enabled and request.fault is None:
+            trace.handle_qmp_command(self.monitor.encode(request.value).decode().rstrip())
         response = await self._execute(request)
+        if trace.monitor_qmp_respond.enabled:
+            trace.monitor_qmp_respond(response.decode().rstrip())
         if not self._gone:
             self.monitor.write(response)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .. import trace
 from ..errors import ChannelError
 from ..options import MigrationOptions
 from .address import Address, ExecAddress, FdAddress, FileAddress, InetAddress, UnixAddress, VsockAddress
@@ -194,6 +195,8 @@ class SocketListener(Listener):
         self._address = address
         self._quit_fd = quit_fd
         self._addresses = [describe_socket(sock) for sock in sockets]
+        for sock in sockets:
+            trace.qio_channel_socket_listen_complete(str(address), sock.fileno())
         self._reception: Reception | None = None
 
     def accept(self, *, speaks: bool = True) -> Channel:
@@ -226,6 +229,7 @@ class SocketListener(Listener):
             connection, _ = arrived.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None  # the peer has gone again
+        trace.qio_channel_socket_accept_complete(str(self._address), connection.fileno())
         return SocketChannel(str(self._address), connection, self._quit_fd)
 
     def _server_for(self, connection: Channel) -> TlsServer | None:

@@ -15,6 +15,7 @@ import socket
 import stat
 from typing import Any
 
+from .. import trace
 from ..errors import ChannelError
 from ..threads import start_thread
 from .address import InetAddress, UnixAddress, VsockAddress
@@ -41,15 +42,18 @@ def connect(address: SocketAddress, quit_fd: int) -> Channel:
     reason = 0
     for family, protocol, target in _targets(address, quit_fd):
         sock = _new_socket(address, family, protocol)
+        trace.qio_channel_socket_connect_sync(target)
         try:
             reason = _try_connect(sock, target, quit_fd)
             if reason == 0:
+                trace.qio_channel_socket_connect_complete(target, sock.fileno())
                 if isinstance(address, InetAddress):
                     keep_alive(sock, address)
                 return SocketChannel(str(address), sock, quit_fd)
         except BaseException:
             sock.close()
             raise
+        trace.qio_channel_socket_connect_fail(target, os.strerror(reason))
         sock.close()
     text = f"Failed to connect to '{address}': {os.strerror(reason)}"
     raise ChannelError(text, channel=str(address), errno=reason)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .. import trace
 from ..channels.address import Address
 from ..channels.channel import Channel, QuitEvent
 from ..channels.connect import Listener, incoming, no_object, tls_of_destination
@@ -150,6 +151,7 @@ class IncomingMigration:
             raise
         finally:
             self._clean_up()
+            trace.loadvm_state_cleanup()
         if self._states.status is not MigrationStatus.FAILED or isinstance(self.error, MigrationCancelled):
             return  # there is nothing to say, or the process ends and knows why
         message = f"load of migration failed: {self.error}"
@@ -161,6 +163,7 @@ class IncomingMigration:
     def _take_guest(self) -> None:
         assert self._listener is not None
         self._channel = self._listener.accept()
+        trace.migration_set_incoming_channel(self._channel.kind, self._channel.name)
         self._listener.close()
         self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         loader = self._loader = StreamLoader(
@@ -172,12 +175,14 @@ class IncomingMigration:
             look_round=self._look_round,
         )
         loader.load()
+        trace.vmstate_downtime_checkpoint("dst-precopy-loadvm-completed")
         try:
             self._machine.load_device_state(loader.staged)
         except MachineError as error:
             raise loader.placed(error) from error
         if loader.description_missing:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
+        trace.vmstate_downtime_checkpoint("dst-precopy-bh-enter")
         told = self._tell_source()
         try:
             self._start_guest(loader.runstate, told)
@@ -185,6 +190,7 @@ class IncomingMigration:
             self.error = MachineError(f"the guest is here but does not start ({error}): mend that, then use 'cont'")
             print(f"migration: {self.error}", file=sys.stderr)
             self._machine.set_runstate(RunState.PAUSED)
+        trace.vmstate_downtime_checkpoint("dst-precopy-bh-vm-started")
         self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
 
     def _look_round(self) -> None:
@@ -252,6 +258,7 @@ class IncomingMigration:
 
     def _fail(self, error: MigrationError) -> None:
         self.error = error
+        trace.migrate_error(error)
         if self._answers is not None:
             with contextlib.suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))

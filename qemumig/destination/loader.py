@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .. import trace
 from ..errors import MachineError, StreamError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
@@ -80,6 +81,7 @@ class StreamLoader:
 
     def load(self) -> None:
         """Read the stream to its end; StreamError, ChannelError or MigrationCancelled when that is not possible."""
+        trace.loadvm_state_setup()
         sections.read_file_header(self._stream)
         if self._options.migration_property("send-configuration"):
             self._load_configuration()
@@ -114,6 +116,7 @@ class StreamLoader:
         """Load one section or command; False after the end mark."""
         offset = self._stream.offset
         kind = self._stream.read_u8("the type of the next section")
+        trace.qemu_loadvm_state_section(kind)
         if kind == SectionType.QEMU_VM_EOF:
             return False
         if kind in SECTIONS:
@@ -141,6 +144,11 @@ class StreamLoader:
         known = kind not in WITH_IDENTITY
         bound = self._table.lookup(header.section_id, offset) if known else self._table.bind(header, offset)
         section = bound.entry.owner
+        if known:
+            trace.qemu_loadvm_state_section_partend(header.section_id)
+        else:
+            identity = header.section_id, header.idstr, header.instance_id, header.version_id
+            trace.qemu_loadvm_state_section_startfull(*identity)
         if section is None:
             self.ram.load_body(self._look_round)
         elif kind in WITH_IDENTITY:
@@ -156,6 +164,7 @@ class StreamLoader:
 
     def _stage(self, section: DeviceSection, version_id: int, offset: int) -> None:
         """Load device state, whose section began at *offset*, into a record of its own; the last one of a section wins."""
+        trace.vmstate_load(section.idstr, section.instance_id, version_id)
         record = section.vmstate.load(self._stream, version_id, section=section.idstr, instance_id=section.instance_id)
         if section is GLOBALSTATE_SECTION:
             self.runstate = record.state
@@ -185,6 +194,7 @@ class StreamLoader:
         if isinstance(command, commands.OpenReturnPath):
             self._open_return_path()
         elif isinstance(command, commands.Ping):
+            trace.loadvm_process_command_ping(command.value)
             self._pong(command.value)
         elif not isinstance(command, commands.SwitchoverStart):  # which no device here waits for
             capability = remedies.capability_of(command.type, len(command.payload()))

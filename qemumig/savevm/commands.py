@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
+from .. import trace
 from ..errors import StreamError
 from ..wire.format import MIG_RP_MAX_LENGTH, MigCommand, MigReturnPath, SectionType
 from .reader import BytesReader, Reader, counted_string, read_counted_string
@@ -205,6 +206,7 @@ _COMMANDS: dict[int, type[Command]] = {one.type: one for one in Command.__subcla
 def encode_command(command: Command) -> bytes:
     """A whole COMMAND element.  The bytes behind a Packaged command are not part of it."""
     payload = command.payload()
+    trace.savevm_command_send(command.type, len(payload))
     return struct.pack(">BHH", SectionType.QEMU_VM_COMMAND, command.type, len(payload)) + payload
 
 
@@ -223,6 +225,7 @@ def read_command(reader: Reader) -> Command:
         expected = " or ".join(map(str, kind.lengths))
         _refuse(kind.type.name, offset, f"a payload of {length} bytes, expected {expected}")
     payload = BytesReader(reader.read(length, kind.type.name), offset + 4)
+    trace.loadvm_process_command(kind.type.name.removeprefix("MIG_CMD_"), length)
     command = kind.read(payload)
     _check_consumed(payload, kind.type.name)
     return command
@@ -364,6 +367,7 @@ _MESSAGES: dict[int, type[ReturnMessage]] = {one.type: one for one in ReturnMess
 def encode_return_message(message: ReturnMessage) -> bytes:
     """A whole message, with the bitmap that follows the counted payload of a ReceivedBitmap."""
     payload = message.payload()
+    trace.migrate_send_rp_message(message.type, len(payload))
     data = struct.pack(">HH", message.type, len(payload)) + payload
     if not isinstance(message, ReceivedBitmap):
         return data

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
@@ -143,7 +144,9 @@ class Attempt:
             self._give_up(MigrationError(f"internal error while migrating: {error!r}"))
             raise
         finally:
+            trace.migration_thread_after_loop()
             self._clean_up()
+            trace.migration_cleanup()
 
     def _migrate(self) -> None:
         setup_start_s = time.monotonic()
@@ -151,6 +154,7 @@ class Attempt:
         self._set_up()
         self.setup_s = time.monotonic() - setup_start_s
         self._move(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
+        trace.migration_thread_setup_complete()
         self._send_rounds()
         self._stop_guest()
         self._enter_device()
@@ -164,6 +168,7 @@ class Attempt:
 
     def _connect(self) -> None:
         channel = self._open_channel()
+        trace.migration_set_outgoing_channel(channel.kind, channel.name)
         with self._lock:
             self._channel = channel
             if self._cancelled:
@@ -199,6 +204,7 @@ class Attempt:
         machine.dirty_log.start()
         self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, options)
         self._sync()
+        trace.savevm_state_header()
         self.out.write(sections.encode_file_header())
         if options.migration_property("send-configuration"):
             uuid = machine.uuid if options.capability("validate-uuid") else None
@@ -209,6 +215,7 @@ class Attempt:
         if self._return_path is not None:
             self._command(commands.OpenReturnPath())
             self._command(commands.Ping(PING_OPENED))
+        trace.savevm_state_setup()
         self._begin(SectionType.QEMU_VM_SECTION_START)
         self.ram.write_block_list()
         self._end_section()
@@ -225,8 +232,11 @@ class Attempt:
                 bandwidth = self.pacer.current_bandwidth(self.out.offset)
                 if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
+                    trace.migrate_pending_exact(self.ram.remaining, int(threshold), int(bandwidth))
                     if rule.is_time(self.ram.remaining, threshold, bandwidth) and self._may_switch():
+                        trace.migration_thread_low_pending(self.ram.remaining)
                         return
+                trace.savevm_state_iterate()
                 self._begin(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
                 self._end_section()
@@ -235,7 +245,8 @@ class Attempt:
                 raise MigrationCancelled("the migration was cancelled")
             if not self.pacer.allowance(self.out.offset):
                 self.pacer.wait()
-            self.pacer.update(self.out.offset, self.ram.sent_pages)
+            if self.pacer.update(self.out.offset, self.ram.sent_pages):
+                trace.migrate_transferred(self.out.offset, int(self.pacer.bandwidth))
 
     def _may_switch(self) -> bool:
         """Whether the destination agrees; waits a little for that.  A guest that stands still need not be asked for."""
@@ -252,7 +263,9 @@ class Attempt:
 
     def _sync(self) -> None:
         assert self.ram is not None
+        trace.migration_bitmap_sync_start()
         self.ram.dirty.sync()
+        trace.migration_bitmap_sync_end(self.ram.dirty.synced_pages)
         if self.dirty_rate.update(self.ram.dirty.new_pages):
             self.ram.end_period()
         self._on_pass(self.ram.dirty.sync_count)
@@ -261,8 +274,10 @@ class Attempt:
 
     def _stop_guest(self) -> None:
         self._stop_s = time.monotonic()
+        trace.vmstate_downtime_checkpoint("src-downtime-start")
         self._noted_runstate = self.machine.runstate
         self.machine.stop(RunState.FINISH_MIGRATE)
+        trace.vmstate_downtime_checkpoint("src-vm-stopped")
 
     def _enter_device(self) -> None:
         """Begin the switchover, with `pause-before-switchover` not before somebody says so."""
@@ -290,6 +305,7 @@ class Attempt:
         self._begin(SectionType.QEMU_VM_SECTION_END)
         self.ram.write_rest()
         self._end_section()
+        trace.vmstate_downtime_checkpoint("src-iterable-saved")
 
     def _save_devices(self) -> bytes:
         """Write every device section; returns the last write: the end mark and the description of the devices."""
@@ -301,6 +317,7 @@ class Attempt:
         for section_id, (section, record) in enumerate(saved, start=RAM_SECTION_ID + 1):
             if section.vmstate.is_needed(record):
                 devices.append(self._save_device(section_id, section, record))
+        trace.vmstate_downtime_checkpoint("src-non-iterable-saved")
         text = vmdesc.encode(devices, configuration=self._configuration_description)
         return bytes([SectionType.QEMU_VM_EOF]) + sections.encode_vmdescription(text)
 
@@ -308,6 +325,8 @@ class Attempt:
         assert self.out is not None
         idstr, instance_id, version_id = section.idstr, section.instance_id, section.vmstate.version_id
         state, description = section.vmstate.save(record)
+        trace.savevm_section_start(idstr, section_id)
+        trace.vmstate_save(idstr, instance_id, len(state))
         kind = SectionType.QEMU_VM_SECTION_FULL
         self.out.write(
             sections.encode_section_header(SectionHeader(kind, section_id, idstr, instance_id, version_id)) + state
@@ -328,6 +347,7 @@ class Attempt:
             if self._cancelled:
                 raise MigrationCancelled("the migration was cancelled")
             self._committed = True
+        trace.migration_commit(len(last), self._noted_runstate.value if self._noted_runstate else "")
         accepted = self.out.accepted_bytes()
         try:
             self.out.write(last)
@@ -345,6 +365,7 @@ class Attempt:
             if self._return_path.verdict is not Verdict.TAKEN:
                 raise self._return_path.error or ChannelError(UNKNOWN_OUTCOME)
         self.downtime_s = time.monotonic() - self._stop_s
+        trace.vmstate_downtime_checkpoint("src-downtime-end")
         self.total_s = time.monotonic() - self.start_s
         self.machine.set_runstate(RunState.POSTMIGRATE)
         self._states.advance_from_any(MigrationStatus.COMPLETED)
@@ -367,6 +388,7 @@ class Attempt:
         if self._committed and verdict is not Verdict.REFUSED:
             reason = f" ({error})" if error is not None and str(error) != UNKNOWN_OUTCOME else ""
             self.error = ChannelError(UNKNOWN_OUTCOME + reason)
+            trace.migrate_error(self.error)
             self.machine.set_runstate(RunState.POSTMIGRATE)
             self._states.advance_from_any(MigrationStatus.FAILED)
             return
@@ -379,6 +401,7 @@ class Attempt:
             self.error = error
             return  # cancelled once everything is cleaned up
         self.error = self._with_reason(error)
+        trace.migrate_error(self.error)
         self._states.advance_from_any(MigrationStatus.FAILED)
 
     def _with_reason(self, error: MigrationError | None) -> MigrationError | None:
@@ -396,6 +419,7 @@ class Attempt:
     def _resume_guest(self) -> None:
         if self._noted_runstate is None or self.machine.runstate is not RunState.FINISH_MIGRATE:
             return
+        trace.migration_resume_guest(self._noted_runstate.value)
         if self._noted_runstate is RunState.RUNNING:
             self.machine.start()
         else:
@@ -432,6 +456,7 @@ class Attempt:
 
     def _begin(self, kind: SectionType) -> None:
         assert self.out is not None
+        trace.savevm_section_start(live.IDSTR, RAM_SECTION_ID)
         header = SectionHeader(kind, RAM_SECTION_ID, live.IDSTR, live.INSTANCE_ID, live.VERSION_ID)
         self.out.write(sections.encode_section_header(header))
 
@@ -444,6 +469,7 @@ class Attempt:
         assert self.out is not None
         if self.options.migration_property("send-section-footer"):
             self.out.write(sections.encode_section_footer(section_id))
+        trace.savevm_section_end(section_id, self.out.offset)
 
     def _command(self, command: commands.Command) -> None:
         assert self.out is not None

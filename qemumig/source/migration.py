@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .. import trace
 from ..channels.address import Address
 from ..channels.channel import QuitEvent
 from ..channels.connect import no_object, outgoing, tls_of_source
@@ -91,6 +92,7 @@ class Migration:
 
     def cancel(self) -> None:
         """Ask a running migration to end; without effect when none runs."""
+        trace.migration_cancel()
         if self._attempt is not None and self._states.advance_from_any(MigrationStatus.CANCELLING):
             self._attempt.cancel()
 

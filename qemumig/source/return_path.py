@@ -13,6 +13,7 @@ import enum
 import threading
 from typing import Any
 
+from .. import trace
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StreamError
 from ..savevm import commands
 from ..threads import start_thread
@@ -71,6 +72,7 @@ class ReturnPath:
             self._thread.join()
 
     def _read(self) -> None:
+        trace.source_return_path_thread_entry()
         try:
             while self.verdict is None:
                 self._read_message()
@@ -86,6 +88,10 @@ class ReturnPath:
         with self._changed:
             self.verdict, self.error = verdict, error
             self._changed.notify_all()
+        if verdict is Verdict.TAKEN:
+            trace.source_return_path_thread_end()
+        else:
+            trace.source_return_path_thread_bad_end(error or verdict.value)
 
     def _read_message(self) -> None:
         if not self._stream.peek(1):
@@ -94,8 +100,10 @@ class ReturnPath:
             return
         message = commands.read_return_message(self._stream)
         if isinstance(message, commands.Shut):
+            trace.source_return_path_thread_shut(message.value)
             self._take_shut(message.value)
         elif isinstance(message, commands.Pong):
+            trace.source_return_path_thread_pong(message.value)
             with self._changed:
                 self._ponged = message.value
                 self._changed.notify_all()

@@ -12,6 +12,7 @@
     memory.py            x, xp, print
     migration.py         the migration commands; migration_report.py: what `info` says about it
     dirty_rate.py        dirty rate and dirty limit
+    tracing.py           trace events
     monitor.py           a character device with a person at it
 
 A command is there when the QMP commands it stands on are: a feature that registers those brings its human commands along.
@@ -28,6 +29,7 @@ from .memory import memory_commands
 from .migration import migration_commands, migration_information
 from .monitor import HumanMonitor
 from .shell import GuestView, HumanShell, MigrationProperties, execute_line
+from .tracing import tracing_commands, tracing_information
 
 __all__ = ["GuestView", "HumanMonitor", "HumanShell", "execute_line", "make_shell"]
 
@@ -37,8 +39,10 @@ def make_shell(
 ) -> HumanShell:
     """The shell with all its commands; `HumanShell` says what it wants."""
     shell = HumanShell(registry, view, properties, report)
-    for commands in (general_commands(), memory_commands(), migration_commands(), dirty_rate_commands()):
-        shell.commands.add(commands)
-    for topics in (general_information(), migration_information(), dirty_rate_information()):
-        shell.information.add(topics)
+    commands = general_commands(), memory_commands(), migration_commands(), dirty_rate_commands(), tracing_commands()
+    for some in commands:
+        shell.commands.add(some)
+    topics = general_information(), migration_information(), dirty_rate_information(), tracing_information()
+    for some in topics:
+        shell.information.add(some)
     return shell

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from qemumig.commands.command import INT, STR, Argument, Command, CommandError
 
+from ... import trace
 from ..registry import Registry
 from .arguments import Cursor, Format, read_arguments
 from .command import CommandTable, HumanCommand, help_line
@@ -149,6 +150,7 @@ class HumanSession:
 
 async def execute_line(session: HumanSession, line: str) -> str:
     """Run *line*; what is printed, lines ended by LF.  Nothing is raised: what goes wrong is printed, too."""
+    trace.handle_hmp_command(line)
     if not line.strip():
         return ""
     command, called, position = session.shell.find(line)

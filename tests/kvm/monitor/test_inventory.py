@@ -118,8 +118,6 @@ def test_what_would_need_a_device_says_that_there_is_none(house):
     for name, arguments, desc in (
         ("query-balloon", {}, "No balloon device has been activated"),
         ("query-rx-filter", {"name": "n0"}, "invalid net client name: n0"),
-        ("trace-event-get-state", {"name": "ev"}, 'unknown event "ev"'),
-        ("trace-event-set-state", {"name": "ev", "enable": True}, 'unknown event "ev"'),
     ):
         with pytest.raises(CommandError) as caught:
             house.ask(name, **arguments)
@@ -131,7 +129,6 @@ def test_an_announcement_is_checked_though_nobody_announces(house):
     assert house.ask("announce-self", **schedule, interfaces=["n0"], id="a") == {}
     with pytest.raises(CommandError, match="Parameter 'step' is missing"):
         house.ask("announce-self", initial=50, max=550, rounds=5)
-    assert house.ask("trace-event-get-state", name="migration*") == []
 
 
 def test_cpu_models_are_those_of_the_command_line(house):
