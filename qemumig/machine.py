@@ -110,3 +110,6 @@ class Machine(Protocol):
 
     def discard_ram(self) -> None:
         """Forget all guest memory after a load that failed: every block reads as zeroes again, if it is private."""
+
+    def vcpu_thread_ids(self) -> Sequence[int]:
+        """The kernel's numbers of the threads that run the guest; 0 for one that does not exist yet."""

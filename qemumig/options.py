@@ -37,20 +37,20 @@ CAPABILITIES = (
     Capability("auto-converge"),
     Capability("zero-blocks", built=True),  # without effect in QEMU, too
     Capability("events", built=True),
-    Capability("postcopy-ram"),
+    Capability("postcopy-ram", built=True),
     Capability("x-colo"),
-    Capability("release-ram"),
+    Capability("release-ram", built=True),
     Capability("return-path", built=True, default=True),
     Capability("pause-before-switchover", built=True),
     Capability("multifd"),
     Capability("dirty-bitmaps"),
-    Capability("postcopy-blocktime"),
+    Capability("postcopy-blocktime", built=True),
     Capability("late-block-activate", built=True),  # activation is always late, as in QEMU 10.0
     Capability("x-ignore-shared", built=True),
     Capability("validate-uuid", built=True),
     Capability("background-snapshot"),
     Capability("zero-copy-send"),
-    Capability("postcopy-preempt"),
+    Capability("postcopy-preempt", built=True),
     Capability("switchover-ack", built=True),
     Capability("dirty-limit"),
     Capability("mapped-ram"),
@@ -99,7 +99,7 @@ PARAMETERS = (
         *("xbzrle-cache-size", "size", 64 << 20, 4096, UINT64),
         *("a power of two no less than the target page size", True),
     ),
-    Parameter("max-postcopy-bandwidth", "size", 0),
+    Parameter("max-postcopy-bandwidth", "size", 0, built=True),
     Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99"),
     Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd")),
     Parameter("multifd-zlib-level", "uint8", 1, 0, 9, "a value between 0 and 9"),
@@ -170,6 +170,7 @@ PROPERTIES: Mapping[str, Any] = {
     "store-global-state": True,
     "send-switchover-start": False,  # QEMU before 10.0 refuses the command; 10.0 takes a stream without it
     "x-clear-bitmap-shift": 14,
+    "x-preempt-pre-7-2": False,  # urgent pages' channel connects at the start, and ends with a mark
 }
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")

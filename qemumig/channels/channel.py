@@ -46,6 +46,13 @@ class QuitEvent:
                 self.fd = -1
 
 
+def has_hung_up(fd: int) -> bool:
+    """Whether the other end of a socket sends nothing any more; what it sent before may still lie there."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 def wait_any(events: Mapping[int, int], quit_fd: int) -> list[int]:
     """Sleep until some descriptor of *events* (descriptor: select.POLLIN, …) is ready; those that are.
 

@@ -163,7 +163,7 @@ class Listener:
         self._channel = channel
         self._tls = tls
 
-    def accept(self) -> Channel:
+    def accept(self, *, speaks: bool = True) -> Channel:
         """The main channel; it belongs to the caller.  May wait; MigrationCancelled when told to quit."""
         channel, self._channel = self._channel, None
         assert channel is not None, "accept() called twice"

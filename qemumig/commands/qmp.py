@@ -81,6 +81,9 @@ class MigrationCommands:
             Command("migrate", self.migrate, outgoing),
             Command("migrate-incoming", self.migrate_incoming, incoming),
             Command("migrate_cancel", self.migrate_cancel),
+            Command("migrate-start-postcopy", self.migrate_start_postcopy),
+            Command("migrate-pause", self.migrate_pause, oob=True),
+            Command("migrate-recover", self.migrate_recover, (Argument("uri", STR),), oob=True),
             Command("migrate-continue", self.migrate_continue, (Argument("state", STATUS),)),
             Command("query-migrate", self.query_migrate, returns=MIGRATION_INFO),
             Command(
@@ -148,6 +151,26 @@ class MigrationCommands:
 
     def migrate_cancel(self) -> None:
         self._source.cancel()
+
+    def migrate_start_postcopy(self) -> None:
+        """Let the guest move now, before its memory has."""
+        if not self.options.capability("postcopy-ram"):
+            raise StateError("Enable postcopy with migrate_set_capability before the start of migration")
+        if self._source.status is MigrationStatus.NONE:
+            raise StateError("Postcopy must be started after migration has been started", state=self._source.status)
+        self._source.start_postcopy()
+
+    def migrate_pause(self) -> None:
+        """Break the connection of a postcopy that is under way; both sides can recover."""
+        side = self._destination if self._source.status is MigrationStatus.NONE else self._source
+        side.pause()
+
+    async def migrate_recover(self, uri: str) -> None:
+        """Wait for the source of a paused postcopy at *uri*."""
+        if self._destination.status is not MigrationStatus.POSTCOPY_PAUSED:
+            state = self._destination.status
+            raise StateError("Migrate recover can only be run when postcopy is paused.", state=state)
+        await asyncio.to_thread(self._destination.recover, parse_uri(uri))
 
     def migrate_continue(self, state: str) -> None:
         self._source.proceed(MigrationStatus(state))

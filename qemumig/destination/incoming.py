@@ -14,7 +14,6 @@ Threads   the control loop's thread calls `listen`, `query`, `close`; `mig/dst/m
 from __future__ import annotations
 
 import contextlib
-import select
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import trace
 from ..channels.address import Address
-from ..channels.channel import Channel, QuitEvent
+from ..channels.channel import Channel, QuitEvent, has_hung_up
 from ..channels.connect import Listener, incoming, no_object, tls_of_destination
 from ..channels.file import OpenPath, no_path
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
@@ -33,8 +32,9 @@ from ..qapi import MigrationStatus, RunState
 from ..savevm import commands, remedies
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
-from ..wire.stream import InputStream, OutputStream
+from ..wire.stream import InputStream
 from .loader import StreamLoader
+from .postcopy import Phase, PostcopyDestination
 
 if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
     from ..channels.objects import FindObject
@@ -77,7 +77,8 @@ class IncomingMigration:
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._loader: StreamLoader | None = None
-        self._answers: OutputStream | None = None  # the return path, once it is open
+        self._postcopy: PostcopyDestination | None = None
+        self._blocktime: dict[str, Any] = {}  # of a postcopy that is over
         self._thread: threading.Thread | None = None
         self.error: MigrationError | None = None
 
@@ -121,18 +122,24 @@ class IncomingMigration:
         if status is MigrationStatus.NONE:
             return {}
         info: dict[str, Any] = {"status": status.value}
-        listener = self._listener
+        postcopy = self._postcopy
+        listener = postcopy.listener if postcopy is not None else self._listener
         addresses = listener.socket_addresses() if listener is not None else []
         if addresses:
             info["socket-address"] = addresses
-        if self.error is not None:
-            info["error-desc"] = str(self.error)
+        error = self.error or (postcopy.error if postcopy is not None else None)
+        if error is not None:
+            info["error-desc"] = str(error)
+        if status is MigrationStatus.COMPLETED:
+            info |= self._blocktime
         return info
 
     def close(self) -> None:
         """End whatever runs and join its thread; the process is about to exit."""
         if self._quit is not None:
             self._quit.set()
+        if self._postcopy is not None:
+            self._postcopy.stop_waiting()
         self._join()
 
     # ---- the thread ----
@@ -162,9 +169,19 @@ class IncomingMigration:
 
     def _take_guest(self) -> None:
         assert self._listener is not None
+        assert self._quit is not None
         self._channel = self._listener.accept()
         trace.migration_set_incoming_channel(self._channel.kind, self._channel.name)
-        self._listener.close()
+        self._postcopy = PostcopyDestination(
+            self._machine,
+            self._options,
+            self._states,
+            channel=self._channel,
+            listener=self._listener,
+            quit_event=self._quit,
+        )
+        if not self._options.capability("postcopy-preempt"):
+            self._listener.close()
         self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         loader = self._loader = StreamLoader(
             self._machine,
@@ -173,25 +190,76 @@ class IncomingMigration:
             open_return_path=self._open_return_path,
             pong=self._pong,
             look_round=self._look_round,
+            postcopy=self._postcopy,
+            settle=self._settle,
         )
         loader.load()
+        if loader.handed_over:
+            self._run_postcopy()
+            return
         trace.vmstate_downtime_checkpoint("dst-precopy-loadvm-completed")
-        try:
-            self._machine.load_device_state(loader.staged)
-        except MachineError as error:
-            raise loader.placed(error) from error
+        self._load_devices()
         if loader.description_missing:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
         trace.vmstate_downtime_checkpoint("dst-precopy-bh-enter")
         told = self._tell_source()
+        self._start(loader.runstate, told)
+        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
+
+    def _start(self, source_runstate: RunState | None, told: bool) -> None:
+        """Start the guest; the source has let go of it: whatever happens now, it is kept."""
         try:
-            self._start_guest(loader.runstate, told)
-        except MachineError as error:  # the source has let go of it: whatever happens now, the guest is kept
+            self._start_guest(source_runstate, told)
+        except MachineError as error:
             self.error = MachineError(f"the guest is here but does not start ({error}): mend that, then use 'cont'")
             print(f"migration: {self.error}", file=sys.stderr)
             self._machine.set_runstate(RunState.PAUSED)
         trace.vmstate_downtime_checkpoint("dst-precopy-bh-vm-started")
-        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
+
+    def _load_devices(self) -> None:
+        assert self._loader is not None
+        try:
+            self._machine.load_device_state(self._loader.staged)
+        except MachineError as error:
+            raise self._loader.placed(error) from error
+
+    # ---- postcopy: the guest runs before its memory is here ----
+
+    def _settle(self) -> None:
+        """Put the device state of a package into effect, before the source hears that it was loaded."""
+        assert self._loader is not None and self._postcopy is not None
+        if self._loader.staged:
+            self._load_devices()
+            self._loader.staged.clear()
+        self._postcopy.settled()
+
+    def _run_postcopy(self) -> None:
+        """RUN has come: the guest is here, whatever happens to the connection."""
+        assert self._postcopy is not None
+        self._start(RunState.RUNNING, True)
+        self._postcopy.finish()
+        self._states.advance(MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.COMPLETED)
+        try:
+            self._answer(commands.Shut(0))
+        except ChannelError as error:
+            print(f"migration: the guest is complete, but the source could not be told ({error})", file=sys.stderr)
+
+    def pause(self) -> None:
+        """What `migrate-pause` does on this side."""
+        if self._postcopy is None:
+            raise StateError(
+                "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
+                state=self._states.status,
+            )
+        self._postcopy.pause()
+
+    def recover(self, address: Address) -> None:
+        """Wait for the source of a postcopy that is paused, at *address*."""
+        if self._postcopy is None:
+            raise StateError("Migrate recover can only be run when postcopy is paused.", state=self._states.status)
+        self._postcopy.recover(
+            lambda quit_fd: incoming(address, quit_fd, self._take_fd, tls=self._tls, open_path=self._open_path)
+        )
 
     def _look_round(self) -> None:
         assert self._quit is not None
@@ -199,8 +267,8 @@ class IncomingMigration:
             raise MigrationCancelled("the process ends")
 
     def _open_return_path(self) -> None:
-        assert self._channel is not None
-        if self._answers is not None:
+        assert self._channel is not None and self._postcopy is not None
+        if self._postcopy.answers.is_open:
             return  # the source asked twice: it is open
         if not self._channel.is_two_way():
             raise ChannelError(
@@ -208,23 +276,22 @@ class IncomingMigration:
                 f"use a socket, or switch off capability 'return-path' on the source",
                 channel=self._channel.name,
             )
-        self._answers = OutputStream(self._channel)
+        self._postcopy.answers.attach(self._channel)
         if self._options.capability("switchover-ack"):
             self._answer(commands.SwitchoverAck())  # no device here has to be asked first
 
     def _pong(self, value: int) -> None:
-        if self._answers is None:
+        if self._postcopy is None or not self._postcopy.answers.is_open:
             raise ChannelError(f"the source sent PING {value:#x} before it had opened the return path")
         self._answer(commands.Pong(value))
 
     def _answer(self, message: commands.ReturnMessage) -> None:
-        assert self._answers is not None
-        self._answers.write(commands.encode_return_message(message))
-        self._answers.flush()
+        assert self._postcopy is not None
+        self._postcopy.answers.send(commands.encode_return_message(message))
 
     def _tell_source(self) -> bool:
         """Say that the guest is taken; False when that could not be said."""
-        if self._answers is None:
+        if self._postcopy is None or not self._postcopy.answers.is_open:
             return True  # the source does not wait for a word
         try:
             self._answer(commands.Shut(0))
@@ -259,7 +326,10 @@ class IncomingMigration:
     def _fail(self, error: MigrationError) -> None:
         self.error = error
         trace.migrate_error(error)
-        if self._answers is not None:
+        if self._postcopy is not None and self._postcopy.phase in (Phase.RUNNING, Phase.END):
+            return  # the guest is here and nowhere else, all of it that there is
+        if self._postcopy is not None:
+            self._postcopy.release_waiters()
             with contextlib.suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))
         self._machine.discard_ram()
@@ -268,7 +338,11 @@ class IncomingMigration:
     def _clean_up(self) -> None:
         assert self._quit is not None
         self._quit.set()
-        self._answers = self._loader = None
+        if self._postcopy is not None:
+            self._blocktime = describe_blocktime(self._postcopy, self._options)
+            self._postcopy.close()
+            self._postcopy = None
+        self._loader = None
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -287,8 +361,16 @@ class IncomingMigration:
             self._emit("MIGRATION", {"status": status.value})
 
 
-def has_hung_up(fd: int) -> bool:
-    """Whether the other end of a socket sends nothing any more; what it sent before may still lie there."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))
+def describe_blocktime(postcopy: PostcopyDestination, options: MigrationOptions) -> dict[str, Any]:
+    """Who waited for pages, in the words of query-migrate, when that was asked for (qmp.md §5)."""
+    times = postcopy.times
+    if times is None or not options.capability("postcopy-blocktime"):
+        return {}
+    return {
+        "postcopy-blocktime": times.all_blocked_ns() // 1_000_000,
+        "postcopy-vcpu-blocktime": [ns // 1_000_000 for ns in times.vcpu_blocked_ns()],
+        "postcopy-latency": times.mean_latency_ns(),
+        "postcopy-latency-dist": times.distribution(),
+        "postcopy-vcpu-latency": times.vcpu_latency_ns(),
+        "postcopy-non-vcpu-latency": times.other_latency_ns(),
+    }

@@ -11,8 +11,9 @@ Holds     (1) every length, id, name and version is checked before use; the firs
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import trace
 from ..errors import MachineError, StreamError
@@ -23,9 +24,14 @@ from ..ram import live
 from ..ram.landing import Landing
 from ..ram.load import RamLoader
 from ..savevm import commands, remedies, sections
+from ..savevm.reader import BytesReader, Reader
 from ..savevm.sections import SectionEntry, SectionTable
 from ..wire.format import SectionType
 from ..wire.stream import InputStream
+
+if TYPE_CHECKING:
+    from ..postcopy.place import PageReceiver
+    from .postcopy import PostcopyDestination
 
 WITH_IDENTITY = (SectionType.QEMU_VM_SECTION_START, SectionType.QEMU_VM_SECTION_FULL)
 SECTIONS = (*WITH_IDENTITY, SectionType.QEMU_VM_SECTION_PART, SectionType.QEMU_VM_SECTION_END)
@@ -40,7 +46,8 @@ class StreamLoader:
     """Loads one stream into *machine*.
 
     *open_return_path* is called when the source asks for it, *pong* answers its pings; *look_round* is called now and
-    then and may raise to end the load.
+    then and may raise to end the load.  *postcopy* obeys the commands of postcopy; None: they are refused.  Device state
+    that comes in a package is handed to *settle* before the next ping is answered.
     """
 
     def __init__(
@@ -52,20 +59,27 @@ class StreamLoader:
         open_return_path: Callable[[], None],
         pong: Callable[[int], None],
         look_round: Callable[[], None],
+        postcopy: PostcopyDestination | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._machine = machine
         self._options = options
-        self._stream = stream
+        self.stream = stream
+        self._reader: Reader = stream  # the stream, or the bytes of a package
         self._open_return_path = open_return_path
         self._pong = pong
         self._look_round = look_round
+        self._postcopy = postcopy
+        self._settle = settle
+        self._is_package = False
         self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
         self.landing = Landing(machine.ram_blocks, ignore_shared=options.capability("x-ignore-shared"))
-        self.ram = RamLoader(stream, self.landing)
+        self.ram: RamLoader | PageReceiver = RamLoader(stream, self.landing)
         self.staged: list[tuple[DeviceSection, Any]] = []
         self.places: dict[tuple[str, int], int] = {}  # where in the stream each staged section began
         self.runstate: RunState | None = None  # of the source, as its section globalstate says
         self.description_missing = False
+        self.handed_over = False  # postcopy runs: the rest of the stream belongs to another thread
 
     def _entries(self) -> list[SectionEntry[DeviceSection | None]]:
         """What this machine can take; `ram` belongs to no device."""
@@ -80,32 +94,65 @@ class StreamLoader:
         return entries
 
     def load(self) -> None:
-        """Read the stream to its end; StreamError, ChannelError or MigrationCancelled when that is not possible."""
+        """Read the stream to its end, or until postcopy runs.
+
+        StreamError, ChannelError or MigrationCancelled when that is not possible.
+        """
         trace.loadvm_state_setup()
-        sections.read_file_header(self._stream)
+        sections.read_file_header(self._reader)
         if self._options.migration_property("send-configuration"):
             self._load_configuration()
-        while self._load_element():
+        self._load_elements()
+        if not self.handed_over:
+            self._check_memory()
+            self.description_missing = sections.skip_vmdescription(self._reader) is None
+
+    def load_rest(self) -> None:
+        """Read the rest of the stream, after LISTEN; there is no description at its end."""
+        self._load_elements()
+
+    def _load_elements(self) -> None:
+        while self._load_element() and not self.handed_over:
             self._look_round()
-        self._check_memory()
-        self.description_missing = sections.skip_vmdescription(self._stream) is None
+
+    def for_postcopy(self, stream: InputStream, receiver: PageReceiver) -> StreamLoader:
+        """A loader that goes on with *stream*, whose pages *receiver* places; what was bound to sections stays bound."""
+        rest = copy.copy(self)
+        rest.stream = rest._reader = stream
+        rest.ram = receiver
+        rest._is_package = False
+        return rest
+
+    def _load_package(self, length: int) -> None:
+        """Read *length* bytes, which hold sections and commands, and obey them (postcopy.md §3)."""
+        base = self._reader.offset
+        package = copy.copy(self)
+        package._is_package = True
+        package._reader = reader = BytesReader(self._reader.read(length, "a package"), base)
+        while reader.remaining and not package.handed_over:
+            if not package._load_element():
+                raise StreamError(
+                    f"package at offset {base:#x}: the end of the stream in it, expected sections and commands"
+                )
+            self._look_round()
+        self.handed_over = package.handed_over
 
     def _check_memory(self) -> None:
         """Refuse a guest whose memory was left out because the source believed it to be here (ram.md §9)."""
         block = None if self._options.capability("mapped-ram") else self.landing.forgotten()
         if block is not None:
             text = (
-                f"end of the stream at offset {self._stream.offset:#x}: no page of block '{block.idstr}' has come; "
+                f"end of the stream at offset {self._reader.offset:#x}: no page of block '{block.idstr}' has come; "
                 f"the source leaves out all shared memory, and this one is of no file that both ends could have"
             )
             remedy = "use memory-backend-file with share=on, or switch off capability 'x-ignore-shared' on both sides"
-            raise StreamError(text, offset=self._stream.offset, section=live.IDSTR, remedy=remedy)
+            raise StreamError(text, offset=self._reader.offset, section=live.IDSTR, remedy=remedy)
 
     def _load_configuration(self) -> None:
         """Read what both ends must agree on before anything else, and compare it."""
-        offset = self._stream.offset
+        offset = self._reader.offset
         sections.check_configuration(
-            sections.read_configuration(self._stream),
+            sections.read_configuration(self._reader),
             machine_type=self._machine.machine_type,
             capabilities=[name for name, is_on in self._options.capabilities().items() if is_on],
             uuid=self._machine.uuid,
@@ -114,8 +161,8 @@ class StreamLoader:
 
     def _load_element(self) -> bool:
         """Load one section or command; False after the end mark."""
-        offset = self._stream.offset
-        kind = self._stream.read_u8("the type of the next section")
+        offset = self._reader.offset
+        kind = self._reader.read_u8("the type of the next section")
         trace.qemu_loadvm_state_section(kind)
         if kind == SectionType.QEMU_VM_EOF:
             return False
@@ -140,7 +187,7 @@ class StreamLoader:
         return remedies.for_property(name, on_here=False)
 
     def _load_section(self, kind: int, offset: int) -> None:
-        header = sections.read_section_header(self._stream, kind)
+        header = sections.read_section_header(self._reader, kind)
         known = kind not in WITH_IDENTITY
         bound = self._table.lookup(header.section_id, offset) if known else self._table.bind(header, offset)
         section = bound.entry.owner
@@ -149,6 +196,10 @@ class StreamLoader:
         else:
             identity = header.section_id, header.idstr, header.instance_id, header.version_id
             trace.qemu_loadvm_state_section_startfull(*identity)
+        if section is None and self._is_package:
+            raise StreamError(
+                f"section 'ram' at offset {offset:#x}, inside a package, expected device state", offset=offset
+            )
         if section is None:
             self.ram.load_body(self._look_round)
         elif kind in WITH_IDENTITY:
@@ -160,17 +211,17 @@ class StreamLoader:
             )
             raise StreamError(text, offset=offset, section=section.idstr)
         if self._options.migration_property("send-section-footer"):
-            sections.read_section_footer(self._stream, header.section_id, bound.entry.idstr, is_certain_end=section is None)
+            sections.read_section_footer(self._reader, header.section_id, bound.entry.idstr, is_certain_end=section is None)
 
     def _stage(self, section: DeviceSection, version_id: int, offset: int) -> None:
         """Load device state, whose section began at *offset*, into a record of its own; the last one of a section wins."""
         trace.vmstate_load(section.idstr, section.instance_id, version_id)
-        record = section.vmstate.load(self._stream, version_id, section=section.idstr, instance_id=section.instance_id)
+        record = section.vmstate.load(self._reader, version_id, section=section.idstr, instance_id=section.instance_id)
         if section is GLOBALSTATE_SECTION:
             self.runstate = record.state
             return
         self.places[section.idstr, section.instance_id] = offset
-        self.staged = [entry for entry in self.staged if entry[0] is not section]
+        self.staged[:] = [entry for entry in self.staged if entry[0] is not section]
         self.staged.append((section, record))
 
     @property
@@ -190,13 +241,19 @@ class StreamLoader:
         return MachineError(text, section=error.section, instance_id=error.instance_id)
 
     def _load_command(self, offset: int) -> None:
-        command = commands.read_command(self._stream)
+        command = commands.read_command(self._reader)
         if isinstance(command, commands.OpenReturnPath):
             self._open_return_path()
         elif isinstance(command, commands.Ping):
             trace.loadvm_process_command_ping(command.value)
+            if self._is_package:
+                self._settle()
             self._pong(command.value)
-        elif not isinstance(command, commands.SwitchoverStart):  # which no device here waits for
+        elif isinstance(command, commands.Packaged):
+            self._load_package(command.length)
+        elif isinstance(command, commands.SwitchoverStart):
+            pass  # no device here waits for it
+        elif not self._take_postcopy(command, offset):
             capability = remedies.capability_of(command.type, len(command.payload()))
             raise StreamError(
                 f"{command.type.name} at offset {offset:#x}: the source has capability '{capability}' on, "
@@ -204,3 +261,14 @@ class StreamLoader:
                 offset=offset,
                 remedy=remedies.for_capability(capability, on_here=False),
             )
+
+    def _take_postcopy(self, command: commands.Command, offset: int) -> bool:
+        """Obey a command of postcopy; False when it is none, or there is no postcopy here."""
+        if self._postcopy is None:
+            return False
+        is_run = isinstance(command, commands.PostcopyRun)
+        if is_run and self._is_package:
+            self._settle()
+        taken = self._postcopy.take(command, offset, self)
+        self.handed_over = taken and is_run
+        return taken

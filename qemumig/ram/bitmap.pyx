@@ -110,6 +110,21 @@ cdef class Bitmap:
         self.check(bit)
         clear_bit(self.words, bit)
 
+    def clear_range(self, uint64_t first, uint64_t count):
+        """Clear *count* bits from *first* on."""
+        cdef uint64_t bit, end = first + count
+        if first > self.bits or count > self.bits - first:
+            raise IndexError(f"bits {first} to {end} of a bitmap of {self.bits} bits")
+        with nogil:
+            bit = first
+            while bit < end:
+                if bit & 63 == 0 and end - bit >= 64:
+                    self.words[bit >> 6] = 0
+                    bit += 64
+                else:
+                    clear_bit(self.words, bit)
+                    bit += 1
+
     def test(self, uint64_t bit) -> bool:
         """True when the bit is set."""
         self.check(bit)

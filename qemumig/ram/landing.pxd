@@ -19,8 +19,10 @@ cdef class Landing:
     cdef readonly list blocks         # RAMBlock
     cdef readonly list received       # Bitmap of each block
     cdef readonly list names          # bytes; keeps alive what the table points to
+    cdef readonly set listed          # indices of the blocks that the source has listed
     cdef LoadBlock *table
     cdef int block_count
+    cdef public bint postcopy_advised # the list of blocks tells page sizes that are not the usual one
     cdef bint shared                  # several threads receive pages at once
     cdef readonly bint ignore_shared  # memory that the source's process has, too, is left out
 

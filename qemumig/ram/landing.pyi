@@ -10,6 +10,10 @@ class Landing:
     received: list[Bitmap]
     """Which pages of each block a record has come for."""
     names: list[bytes]
+    listed: set[int]
+    """Indices of the blocks that the source has listed."""
+    postcopy_advised: bool
+    """The list of blocks tells page sizes that are not the usual one."""
     ignore_shared: bool
     def __init__(self, blocks: Iterable[RAMBlock], *, ignore_shared: bool = False) -> None:
         """*ignore_shared*: memory that the source has, too, is left as it is, and a page for it is refused (ram.md §9)."""

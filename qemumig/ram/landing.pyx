@@ -30,6 +30,7 @@ cdef class Landing:
         self.block_count = len(self.blocks)
         self.names = [block.idstr.encode() for block in self.blocks]
         self.received = []
+        self.listed = set()
         self.table = <LoadBlock *> calloc(max(self.block_count, 1), sizeof(LoadBlock))
         if self.table == NULL:
             raise MemoryError("no memory for the list of RAM blocks")

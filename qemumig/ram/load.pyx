@@ -337,6 +337,18 @@ cdef class RamLoader:
                     f"only {left:#x} are left of the announced total of {total:#x}",
                 )
             left -= length
+            if self.landing.postcopy_advised and self.blocks[index].page_size != TARGET_PAGE_SIZE:
+                self.check_page_size(self.blocks[index])
+            self.landing.listed.add(index)
+
+    def check_page_size(self, RAMBlock block):
+        """Both ends place whole host pages, which must be the same ones (ram.md §3)."""
+        place = self.stream.offset
+        page_size = self.stream.read_be64("the list of RAM blocks")
+        if page_size != block.page_size:
+            raise list_error(
+                place, f"block '{block.idstr}' has host pages of {block.page_size:#x} bytes here, {page_size:#x} at the source"
+            )
 
     cdef check_address(self, int index, uint64_t address, place):
         """Memory that both ends have must be the same memory: seen by the guest at the same place."""

@@ -16,9 +16,9 @@ from ..channels.address import Address
 from ..channels.channel import QuitEvent
 from ..channels.connect import no_object, outgoing, tls_of_source
 from ..channels.file import OpenPath, no_path
-from ..errors import MigrationError, StateError
+from ..errors import MigrationError, OptionError, StateError
 from ..machine import Machine
-from ..options import MigrationOptions
+from ..options import NOT_BUILT, MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..states import SOURCE, StatusMachine
 from .attempt import Attempt
@@ -73,6 +73,8 @@ class Migration:
         even be opened; then the status is `failed`.
         """
         self._check_state()
+        if self._options.capability("postcopy-ram"):
+            raise OptionError(f"postcopy from this side {NOT_BUILT}", name="postcopy-ram", value=True)
         self._wait_for_thread()
         status = self._states.status
         if not self._states.advance(status, MigrationStatus.SETUP):
@@ -89,6 +91,16 @@ class Migration:
             raise
         self._attempt = Attempt(self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
         self._attempt.start()
+
+    def start_postcopy(self) -> None:
+        """Let the guest move before its memory has."""
+
+    def pause(self) -> None:
+        """What `migrate-pause` does on this side."""
+        raise StateError(
+            "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
+            state=self._states.status,
+        )
 
     def cancel(self) -> None:
         """Ask a running migration to end; without effect when none runs."""

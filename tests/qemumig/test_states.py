@@ -6,7 +6,7 @@ import pytest
 
 from qemumig.errors import StateError
 from qemumig.qapi import MigrationStatus as S
-from qemumig.states import DESTINATION, RUNNING, SOURCE, StatusMachine
+from qemumig.states import DESTINATION, IN_POSTCOPY, RUNNING, SOURCE, StatusMachine
 
 
 @pytest.mark.parametrize("table", [SOURCE, DESTINATION], ids=["source", "destination"])
@@ -60,4 +60,4 @@ def test_of_two_that_leave_one_state_exactly_one_wins() -> None:
 def test_cancel_acts_on_running_states_only() -> None:
     for status in SOURCE:
         can_cancel = S.CANCELLING in SOURCE[status]
-        assert can_cancel == (status in RUNNING - {S.CANCELLING})
+        assert can_cancel == (status in RUNNING - IN_POSTCOPY - {S.CANCELLING})

@@ -237,6 +237,9 @@ class FakeMachine:
             if memory is not self._shared:
                 memory.madvise(mmap.MADV_DONTNEED)
 
+    def vcpu_thread_ids(self) -> Sequence[int]:
+        return [0]
+
     def close(self) -> None:
         """End the guest's thread; the memory goes with the last reference."""
         if self.guest is not None:

@@ -1,0 +1,387 @@
+"""Pages placed whole and once, while the guest runs (postcopy.md §5).
+
+    MissingMemory   all of guest RAM after LISTEN: what has arrived, what was asked for; registered with userfaultfd
+    PageReceiver    the records of one channel ─▶ host pages ─▶ UFFDIO_COPY, or UFFDIO_ZEROPAGE
+
+Where a host page is one target page, a PAGE record is placed out of the stream's buffer.  A larger one is gathered in a
+page of the receiver's own: its target pages come one behind the other on that channel, in any order, each once.
+
+    PAGE 0x0000 … PAGE 0x1000 … ZERO 0x2000 … ─▶ [ 2 MiB ] ─▶ placed when the last of them is there
+
+Threads   one thread at a time per receiver; several receivers, and the fault thread, share a MissingMemory.
+Holds     (1) no byte of a peer is used as an offset, a length or a name before it was checked
+          (2) a page is marked received after it was placed, never before
+          (3) a record for a page that was received already changes nothing
+"""
+
+from libc.errno cimport EEXIST
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from ..wire.format cimport (
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_EOS,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_ZERO,
+    TARGET_PAGE_SIZE,
+)
+from ..wire.stream cimport STREAM_END, STREAM_OK, InputStream, get_be64
+from ..ram.bitmap cimport (
+    SEQ_CST,
+    Bitmap,
+    atomic_fetch_add,
+    clear_bit_shared,
+    set_bit_shared,
+    test_bit_shared,
+)
+from ..ram.block cimport RAMBlock
+from ..ram.landing cimport Landing
+from .blocktime cimport FaultTimes
+from .uffd cimport Userfaultfd
+
+import os
+
+from ..errors import MachineError, StreamError
+
+cdef enum ReceiveStatus:
+    RECEIVE_EOS = 0               # the section's body is over
+    RECEIVE_PAUSE = 1             # many records done, more to come
+    RECEIVE_STREAM = 2            # the stream ended or failed
+    RECEIVE_NO_BLOCK = 3          # CONTINUE before any name
+    RECEIVE_BAD_NAME = 4          # no such block, or one that the source does not send
+    RECEIVE_BAD_OFFSET = 5        # past the block's end
+    RECEIVE_BAD_FILL = 6          # a fill byte that is not zero
+    RECEIVE_BAD_FLAGS = 7         # a record that has no place here
+    RECEIVE_TWO_PAGES = 8         # a record for another host page, while one is half here
+    RECEIVE_NOT_PLACED = 9        # the kernel refused
+
+cdef enum:
+    RECORDS_AT_A_TIME = 32768
+    HEAD = 8
+
+
+cdef class MissingMemory:
+    """Guest RAM of which pages are missing; see place.pyi."""
+
+    def __cinit__(self, Landing landing not None, Userfaultfd uffd not None, FaultTimes times not None):
+        cdef RAMBlock block
+        cdef Bitmap bitmap
+        cdef int index
+        self.uffd = uffd
+        self.times = times
+        self.landing = landing
+        self.blocks = landing.blocks
+        self.received = landing.received
+        self.requested = []
+        self.block_count = landing.block_count
+        self.table = <MissingBlock *> calloc(max(self.block_count, 1), sizeof(MissingBlock))
+        if self.table == NULL:
+            raise MemoryError("no memory for the list of RAM blocks")
+        for index in range(self.block_count):
+            block = self.blocks[index]
+            bitmap = self.received[index]
+            self.table[index].host = <uint8_t *> block.host_address
+            self.table[index].pages = block.used_length // TARGET_PAGE_SIZE
+            self.table[index].host_page = block.page_size
+            self.table[index].received = bitmap.words
+            bitmap = Bitmap(bitmap.bits)
+            self.requested.append(bitmap)
+            self.table[index].requested = bitmap.words
+            self.table[index].comes = index in landing.listed
+            self.table[index].name = landing.table[index].name
+            self.table[index].name_length = landing.table[index].name_length
+            self.largest = max(self.largest, block.page_size)
+        self.zeroes = <uint8_t *> calloc(1, self.largest or 1)
+        if self.zeroes == NULL:
+            raise MemoryError(f"no memory for a zero page of {self.largest} bytes")
+
+    def __dealloc__(self):
+        free(self.table)
+        free(self.zeroes)
+
+    # ---- the engine ----
+
+    cdef int find_address(self, uint64_t address) noexcept nogil:
+        """The block that *address* lies in, −1 for none."""
+        cdef int index
+        cdef uint64_t host
+        for index in range(self.block_count):
+            host = <uint64_t> self.table[index].host
+            if host <= address < host + self.table[index].pages * TARGET_PAGE_SIZE:
+                return index
+        return -1
+
+    cdef int place(self, int index, uint64_t page, const void *data) noexcept nogil:
+        """Place the host page that begins with target page *page*; *data* NULL: zeroes.  0 or an errno."""
+        cdef MissingBlock *block = &self.table[index]
+        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
+        cdef uint64_t count = block.host_page // TARGET_PAGE_SIZE, number
+        cdef int status
+        if data != NULL:
+            status = self.uffd.copy(target, data, block.host_page)
+        elif block.takes_zero:
+            status = self.uffd.zero(target, block.host_page)
+        else:
+            status = self.uffd.copy(target, self.zeroes, block.host_page)
+        if status == EEXIST:
+            status = self.uffd.wake(target, block.host_page)
+        if status:
+            self.error = status
+            return status
+        for number in range(count):
+            set_bit_shared(block.received, page + number)
+        clear_bit_shared(block.requested, page)
+        atomic_fetch_add(&self.placed, 1, SEQ_CST)
+        self.times.end(<uint64_t> target, block.host_page)
+        return 0
+
+    # ---- the door ----
+
+    def register(self) -> None:
+        """Have the kernel tell of missing pages in every block that the source sends; MachineError when it cannot."""
+        cdef RAMBlock block
+        cdef int index
+        for index in range(self.block_count):
+            if self.table[index].comes:
+                block = self.blocks[index]
+                self.table[index].takes_zero = self.uffd.register_missing(
+                    block.host_address, block.used_length, block.idstr
+                )
+
+    def unregister(self) -> None:
+        """All of it is ordinary memory again."""
+        cdef RAMBlock block
+        cdef int index
+        for index in range(self.block_count):
+            if self.table[index].comes:
+                block = self.blocks[index]
+                self.uffd.unregister(block.host_address, block.used_length)
+
+    @property
+    def placed_pages(self) -> int:
+        """Host pages placed so far."""
+        return self.placed
+
+    def missing_pages(self) -> int:
+        """Target pages that the source has still to send."""
+        cdef Bitmap bitmap
+        total = 0
+        for index, bitmap in enumerate(self.received):
+            if self.table[<int> index].comes:
+                total += self.table[<int> index].pages - bitmap.count()
+        return total
+
+    def outstanding_pages(self) -> int:
+        """Host pages that were asked for and are not here."""
+        cdef Bitmap requested, received
+        cdef uint64_t page
+        total = 0
+        for requested, received in zip(self.requested, self.received):
+            page = requested.next_set(0)
+            while page < requested.bits:
+                total += not received.test(page)
+                page = requested.next_set(page + 1)
+        return total
+
+
+cdef class PageReceiver:
+    """Places the pages of one channel; see place.pyi."""
+
+    cdef readonly InputStream stream
+    cdef readonly MissingMemory memory
+    cdef int last_block               # of the previous record on this channel; −1: none yet
+    cdef uint64_t head                # of the record at hand …
+    cdef uint64_t head_offset         # … and where in the stream it stood
+    cdef uint8_t name[256]            # of the block it names
+    cdef size_t name_length
+    cdef uint8_t fill
+    cdef uint8_t *gathered            # a host page larger than a target page, on its way
+    cdef uint64_t *arrived            # one bit a target page of it
+    cdef int gathered_block
+    cdef uint64_t gathered_page       # its first target page
+    cdef uint64_t gathered_count      # target pages of it that are here; 0: there is none on its way
+    cdef bint gathered_zero           # all of them zero so far
+    cdef int stream_status
+    cdef readonly uint64_t zero_pages
+    cdef readonly uint64_t normal_pages
+
+    def __cinit__(self, InputStream stream not None, MissingMemory memory not None):
+        cdef uint64_t bits = memory.largest // TARGET_PAGE_SIZE
+        self.stream = stream
+        self.memory = memory
+        self.last_block = -1
+        if memory.largest > TARGET_PAGE_SIZE:
+            self.gathered = <uint8_t *> calloc(1, memory.largest)
+            self.arrived = <uint64_t *> calloc((bits + 63) // 64, 8)
+            if self.gathered == NULL or self.arrived == NULL:
+                raise MemoryError(f"no memory for a host page of {memory.largest} bytes")
+
+    def __dealloc__(self):
+        free(self.gathered)
+        free(self.arrived)
+
+    # ---- the engine ----
+
+    cdef int take_block(self) noexcept nogil:
+        """Settle which block the record at hand means; its head has been consumed."""
+        cdef int block
+        if self.head & RAM_SAVE_FLAG_CONTINUE:
+            return RECEIVE_EOS if self.last_block >= 0 else RECEIVE_NO_BLOCK
+        self.stream_status = self.stream.ensure(1)
+        if self.stream_status != STREAM_OK:
+            return RECEIVE_STREAM
+        self.name_length = self.stream.buffer[self.stream.position]
+        self.stream_status = self.stream.ensure(1 + self.name_length)
+        if self.stream_status != STREAM_OK:
+            return RECEIVE_STREAM
+        memcpy(self.name, self.stream.buffer + self.stream.position + 1, self.name_length)
+        self.stream.position += 1 + self.name_length
+        block = self.memory.landing.find_block(self.name, self.name_length)
+        if block < 0 or not self.memory.table[block].comes:
+            return RECEIVE_BAD_NAME
+        self.last_block = block
+        return RECEIVE_EOS
+
+    cdef int take_page(self, uint64_t page, const uint8_t *data) noexcept nogil:
+        """One target page of `last_block`; *data* NULL: zeroes."""
+        cdef MissingBlock *block = &self.memory.table[self.last_block]
+        if block.host_page > TARGET_PAGE_SIZE:
+            return self.gather(block, page, data)
+        if test_bit_shared(block.received, page):
+            return RECEIVE_EOS
+        return RECEIVE_NOT_PLACED if self.memory.place(self.last_block, page, data) else RECEIVE_EOS
+
+    cdef int gather(self, MissingBlock *block, uint64_t page, const uint8_t *data) noexcept nogil:
+        """A piece of a larger host page; it is placed with the last of them."""
+        cdef uint64_t count = block.host_page // TARGET_PAGE_SIZE
+        cdef uint64_t first = page - page % count
+        cdef uint8_t *target = self.gathered + (page - first) * TARGET_PAGE_SIZE
+        if self.gathered_count == 0:
+            self.gathered_block = self.last_block
+            self.gathered_page = first
+            self.gathered_zero = True
+            memset(self.arrived, 0, (count + 63) // 64 * 8)
+        elif self.gathered_block != self.last_block or self.gathered_page != first:
+            return RECEIVE_TWO_PAGES
+        if set_bit_shared(self.arrived, page - first):
+            return RECEIVE_EOS
+        if data == NULL:
+            memset(target, 0, TARGET_PAGE_SIZE)
+        else:
+            memcpy(target, data, TARGET_PAGE_SIZE)
+            self.gathered_zero = False
+        self.gathered_count += 1
+        if self.gathered_count < count:
+            return RECEIVE_EOS
+        self.gathered_count = 0
+        if test_bit_shared(block.received, first):
+            return RECEIVE_EOS
+        data = NULL if self.gathered_zero else self.gathered
+        return RECEIVE_NOT_PLACED if self.memory.place(self.gathered_block, first, data) else RECEIVE_EOS
+
+    cdef int receive_record(self) noexcept nogil:
+        """The record whose head was read."""
+        cdef uint64_t flags = self.head & (TARGET_PAGE_SIZE - 1) & ~(<uint64_t> RAM_SAVE_FLAG_CONTINUE)
+        cdef uint64_t page = self.head // TARGET_PAGE_SIZE
+        cdef size_t length = TARGET_PAGE_SIZE if flags == RAM_SAVE_FLAG_PAGE else 1
+        cdef int status
+        if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO:
+            return RECEIVE_BAD_FLAGS
+        status = self.take_block()
+        if status != RECEIVE_EOS:
+            return status
+        if page >= self.memory.table[self.last_block].pages:
+            return RECEIVE_BAD_OFFSET
+        self.stream_status = self.stream.ensure(length)
+        if self.stream_status != STREAM_OK:
+            return RECEIVE_STREAM
+        if flags == RAM_SAVE_FLAG_PAGE:
+            self.normal_pages += 1
+            status = self.take_page(page, self.stream.buffer + self.stream.position)
+        else:
+            self.zero_pages += 1
+            self.fill = self.stream.buffer[self.stream.position]
+            status = RECEIVE_BAD_FILL if self.fill else self.take_page(page, NULL)
+        self.stream.position += length
+        return status
+
+    cdef int receive_some(self, int limit) noexcept nogil:
+        cdef int status
+        while limit > 0:
+            limit -= 1
+            self.stream_status = self.stream.ensure(HEAD)
+            if self.stream_status != STREAM_OK:
+                return RECEIVE_STREAM
+            self.head_offset = self.stream.base + self.stream.position
+            self.head = get_be64(self.stream.buffer + self.stream.position)
+            self.stream.position += HEAD
+            if self.head == RAM_SAVE_FLAG_EOS:
+                return RECEIVE_EOS
+            status = self.receive_record()
+            if status != RECEIVE_EOS:
+                return status
+        return RECEIVE_PAUSE
+
+    # ---- the door ----
+
+    def load_body(self, look_round=None):
+        """Place records up to the end of the section's body; see place.pyi."""
+        cdef int status
+        while True:
+            with nogil:
+                status = self.receive_some(RECORDS_AT_A_TIME)
+            if status == RECEIVE_EOS:
+                return
+            if status == RECEIVE_PAUSE:
+                if look_round is not None:
+                    look_round()
+            elif status == RECEIVE_STREAM:
+                self.stream.raise_on(self.stream_status, "a record of section 'ram'")
+            else:
+                raise self.refusal(status)
+
+    def load_channel(self) -> bool:
+        """Place records until the channel ends; see place.pyi."""
+        cdef int status = RECEIVE_PAUSE
+        while status == RECEIVE_PAUSE:
+            with nogil:
+                status = self.receive_some(RECORDS_AT_A_TIME)
+        if status == RECEIVE_EOS:
+            return True
+        if status == RECEIVE_STREAM:
+            if self.stream_status == STREAM_END and self.stream.position == self.stream.end:
+                return False
+            self.stream.raise_on(self.stream_status, "a record of the preempt channel")
+        raise self.refusal(status)
+
+    cdef refusal(self, int status):
+        place = self.head_offset
+        value = self.head & ~<uint64_t> (TARGET_PAGE_SIZE - 1)
+        block = self.memory.blocks[self.last_block].idstr if self.last_block >= 0 else ""
+        if status == RECEIVE_NOT_PLACED:
+            text = f"the page at {value:#x} of block '{block}' could not be placed: {os.strerror(self.memory.error)}"
+            return MachineError(text)
+        if status == RECEIVE_BAD_NAME:
+            name = (<bytes> self.name[:self.name_length]).decode("ascii", "backslashreplace")
+            known = ", ".join(f"'{b.idstr}'" for i, b in enumerate(self.memory.blocks) if self.memory.table[<int> i].comes)
+            finding = f"block {name!r} was not in the source's list, expected one of {known}"
+        elif status == RECEIVE_NO_BLOCK:
+            finding = f"head {self.head:#x} continues a block, expected a name: no page came before it on this channel"
+        elif status == RECEIVE_BAD_OFFSET:
+            end = self.memory.table[self.last_block].pages * TARGET_PAGE_SIZE
+            finding = f"offset {value:#x} in block '{block}', expected one below {end:#x}"
+        elif status == RECEIVE_BAD_FILL:
+            finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
+        elif status == RECEIVE_TWO_PAGES:
+            half = self.memory.blocks[self.gathered_block].idstr
+            finding = (
+                f"offset {value:#x} of block '{block}' while the host page at "
+                f"{self.gathered_page * TARGET_PAGE_SIZE:#x} of block '{half}' is half here, expected the rest of that"
+            )
+        else:
+            finding = (
+                f"head {self.head:#x} has flags {self.head & (TARGET_PAGE_SIZE - 1):#x}, expected ZERO (0x2), PAGE (0x8) "
+                f"or EOS (0x10): nothing else is sent in postcopy"
+            )
+        return StreamError(f"postcopy record at offset {place:#x}: {finding}", offset=place, section="ram")

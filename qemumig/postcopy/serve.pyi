@@ -1,0 +1,50 @@
+from ..ram.dirty import DirtyPages
+from ..wire.stream import InputStream, OutputStream
+
+class Lane:
+    """One channel of pages."""
+
+    out: OutputStream
+
+class PageServer:
+    """Sends the pages of *dirty* while the guest runs at the destination, each host page once.
+
+    *releases*: what has left is given back to the kernel.
+    """
+
+    dirty: DirtyPages
+    main: Lane
+    urgent: Lane | None
+    wake_fd: int
+    """An eventfd that is readable while requests wait in the queue."""
+    requests: int
+    """Page requests that came."""
+    zero_pages: int
+    normal_pages: int
+    def __init__(self, dirty: DirtyPages, *, releases: bool = False) -> None: ...
+    def connect(self, out: OutputStream, urgent: OutputStream | None = None) -> None:
+        """Send to *out* from now on, urgent pages to *urgent* if there is one; nothing was sent on either before."""
+    def serve(self, byte_limit: int, page_limit: int) -> bool:
+        """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
+    def make_uniform(self) -> None:
+        """A host page of which some target page is dirty is dirty as a whole; then count anew."""
+    def put_discards(self) -> None:
+        """Tell the destination of everything that is dirty, block by block, on the main channel."""
+    def release_clean(self) -> None:
+        """Give back what the destination has already, as release-ram asks."""
+    def bitmap_size(self, idstr: str) -> int:
+        """Bytes of a block's received bitmap on the wire; KeyError for a block that does not exist."""
+    def index_of(self, idstr: str) -> int: ...
+    def take_received(self, idstr: str, bitmap: bytes) -> None:
+        """The destination has these pages of a block: the others are to be sent.
+
+        StreamError when it claims one that was never sent: what it has then is not the guest's.
+        """
+    def forget_requests(self) -> None:
+        """The connection is lost: the destination will ask again for what it still needs."""
+    def read_requests(self, stream: InputStream) -> None:
+        """Take page requests off *stream*, until another message waits there, or its end.
+
+        Raises StreamError for a request that is refused, ChannelError when the return path breaks, or the channel of
+        urgent pages.
+        """

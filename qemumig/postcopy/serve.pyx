@@ -1,0 +1,552 @@
+"""PageServer: the source's pages while the guest runs at the destination (postcopy.md §2, §7).
+
+    return path ─ REQ_PAGES ─▶ read_requests ─┬─ preempt: sent at once, on the channel of urgent pages
+                                              └─ else: queue ─▶ serve: requests first, then the walk, from there on
+
+A host page leaves once.  Whoever clears its bits, under the lock, sends all of it, on one channel, in one piece: a request
+for a page that is clean, or just being sent, needs no answer.  The guest stands still here, so pages are read as they are.
+
+Threads   the migration thread serves; `mig/src/return` takes requests and, with a channel of urgent pages, sends those;
+          no GIL inside.
+Holds     (1) no range of a peer is used before it was checked
+          (2) a page waits in the queue at most once, so the queue is never longer than guest memory
+          (3) with `releases`, a page is given back only after its bytes have left
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy
+
+from ..encode.zero cimport is_zero
+from ..ram.bitmap cimport Bitmap, clear_bit, find_next_set, set_bit, test_bit
+from ..ram.block cimport RAMBlock
+from ..ram.dirty cimport DirtyPages, PageBlock
+from ..ram.search cimport next_dirty_page
+from ..wire.format cimport (
+    MIG_CMD_POSTCOPY_RAM_DISCARD,
+    MIG_RP_MSG_REQ_PAGES,
+    MIG_RP_MSG_REQ_PAGES_ID,
+    QEMU_VM_COMMAND,
+    RAM_SAVE_FLAG_CONTINUE,
+    RAM_SAVE_FLAG_PAGE,
+    RAM_SAVE_FLAG_ZERO,
+    TARGET_PAGE_SIZE,
+)
+from ..wire.stream cimport (
+    STREAM_FAILED,
+    STREAM_OK,
+    InputStream,
+    OutputStream,
+    get_be16,
+    get_be32,
+    get_be64,
+    put_be64,
+)
+from .mutex cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+
+import os
+
+from ..errors import StreamError
+
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *address, size_t length, int advice)
+    enum: MADV_DONTNEED
+    enum: MADV_REMOVE
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int fd, uint64_t value)
+    int eventfd_read(int fd, uint64_t *value)
+
+cdef enum ServeStatus:
+    SERVE_LIMIT = 0               # sent what was allowed
+    SERVE_CLEAN = 1               # no dirty page is left
+    SERVE_FAILED = 2              # the stream has an error
+
+cdef enum RequestStatus:
+    REQUEST_TAKEN = 0
+    REQUEST_OTHER = 1             # another message waits, or the end of the stream
+    REQUEST_STREAM = 2            # the return path failed
+    REQUEST_NO_BLOCK = 3          # a short request before any that names a block
+    REQUEST_BAD_NAME = 4
+    REQUEST_BAD_RANGE = 5
+    REQUEST_SEND = 6              # the channel of urgent pages failed
+
+cdef enum:
+    FLUSH_BYTES = 0x10000         # 64 KiB: what an urgent page may have to wait behind
+    DISCARD_RANGES = 12           # in one command
+    MESSAGE_HEAD = 4
+    RANGE = 12
+
+
+cdef class Lane:
+    """One channel of pages; *names_all*: every record names its block."""
+
+    def __cinit__(self, OutputStream out not None, bint names_all=False):
+        self.out = out
+        self.names_all = names_all
+        self.last_block = -1
+
+
+cdef class PageServer:
+    """Sends the pages of *dirty*; see serve.pyi."""
+
+    def __cinit__(self, DirtyPages dirty not None, *, bint releases=False):
+        cdef RAMBlock block
+        cdef Bitmap bitmap
+        cdef bytes name
+        cdef int index
+        self.wake_fd = -1
+        self.dirty = dirty
+        self.releases = releases
+        self.last_requested = -1
+        self.jump.block = -1
+        self.queued = []
+        self.names = [bytes([len(b.idstr.encode())]) + b.idstr.encode() for b in dirty.blocks]
+        self.blocks = <ServedBlock *> calloc(max(dirty.block_count, 1), sizeof(ServedBlock))
+        self.ring_size = 1024
+        self.ring = <HostPage *> malloc(self.ring_size * sizeof(HostPage))
+        if self.blocks == NULL or self.ring == NULL:
+            raise MemoryError("no memory for page requests")
+        for index in range(dirty.block_count):
+            block = dirty.blocks[index]
+            bitmap = Bitmap(dirty.table[index].pages)
+            name = self.names[index]
+            self.queued.append(bitmap)
+            self.blocks[index].queued = bitmap.words
+            self.blocks[index].count = block.page_size // TARGET_PAGE_SIZE
+            self.blocks[index].shared = block.shared
+            self.blocks[index].name = name
+            self.blocks[index].name_length = len(name)
+        pthread_mutex_init(&self.lock, NULL)
+        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __dealloc__(self):
+        free(self.blocks)
+        free(self.ring)
+        pthread_mutex_destroy(&self.lock)
+        if self.wake_fd >= 0:
+            os.close(self.wake_fd)
+
+    # ---- who sends which page ----
+
+    cdef bint claim(self, int block, uint64_t page) noexcept nogil:
+        """Take a host page that is dirty: from now on it is the caller's to send.  False when it is nobody's any more."""
+        cdef PageBlock *entry = &self.dirty.table[block]
+        cdef uint64_t end = min(page + self.blocks[block].count, entry.pages), number
+        cdef bint found = False
+        pthread_mutex_lock(&self.lock)
+        number = find_next_set(entry.dirty, page, end)
+        while number < end:
+            clear_bit(entry.dirty, number)
+            self.dirty.remaining -= 1
+            found = True
+            number = find_next_set(entry.dirty, number + 1, end)
+        pthread_mutex_unlock(&self.lock)
+        return found
+
+    cdef bint enqueue(self, int block, uint64_t page) noexcept nogil:
+        """Put a host page into the queue, unless it is clean or in it; False without memory.  Under the lock."""
+        cdef HostPage *larger
+        cdef uint64_t index
+        if not test_bit(self.dirty.table[block].dirty, page) or test_bit(self.blocks[block].queued, page):
+            return True
+        if self.ring_count == self.ring_size:
+            larger = <HostPage *> malloc(2 * self.ring_size * sizeof(HostPage))
+            if larger == NULL:
+                return False
+            for index in range(self.ring_count):
+                larger[index] = self.ring[(self.ring_first + index) % self.ring_size]
+            free(self.ring)
+            self.ring = larger
+            self.ring_first = 0
+            self.ring_size *= 2
+        index = (self.ring_first + self.ring_count) % self.ring_size
+        self.ring[index].block = block
+        self.ring[index].page = page
+        self.ring_count += 1
+        set_bit(self.blocks[block].queued, page)
+        return True
+
+    cdef bint take_request(self, HostPage *found) noexcept nogil:
+        """The next request; else the walk jumps to where the last urgent page was."""
+        cdef bint taken = False
+        cdef uint64_t told
+        pthread_mutex_lock(&self.lock)
+        if self.ring_count:
+            found[0] = self.ring[self.ring_first]
+            self.ring_first = (self.ring_first + 1) % self.ring_size
+            self.ring_count -= 1
+            clear_bit(self.blocks[found.block].queued, found.page)
+            taken = True
+            if self.ring_count == 0:
+                eventfd_read(self.wake_fd, &told)
+        elif self.jump.block >= 0:
+            self.walk.block = self.jump.block
+            self.walk.page = self.jump.page
+            self.jump.block = -1
+        pthread_mutex_unlock(&self.lock)
+        return taken
+
+    cdef int request(self, int block, uint64_t start, uint64_t length) noexcept nogil:
+        """A range of a block is wanted, now."""
+        cdef uint64_t count = self.blocks[block].count, pages = self.dirty.table[block].pages
+        cdef uint64_t page = start // TARGET_PAGE_SIZE, end = page + length // TARGET_PAGE_SIZE
+        cdef int status = STREAM_OK
+        if start % TARGET_PAGE_SIZE or length % TARGET_PAGE_SIZE or page % count or (end - page) % count:
+            return REQUEST_BAD_RANGE
+        if length == 0 or page >= pages or end > pages:
+            return REQUEST_BAD_RANGE
+        self.requests += 1
+        if self.urgent is None:
+            pthread_mutex_lock(&self.lock)
+            while page < end and self.enqueue(block, page):
+                page += count
+            pthread_mutex_unlock(&self.lock)
+            eventfd_write(self.wake_fd, 1)
+            return REQUEST_TAKEN
+        while page < end and status == STREAM_OK:
+            if self.claim(block, page):
+                status = self.send_host_page(self.urgent, block, page)
+            page += count
+        if status == STREAM_OK:
+            status = self.flush(self.urgent)
+        self.urgent_status = status
+        pthread_mutex_lock(&self.lock)
+        self.jump.block = block
+        self.jump.page = min(page, pages)
+        pthread_mutex_unlock(&self.lock)
+        return REQUEST_TAKEN if status == STREAM_OK else REQUEST_SEND
+
+    # ---- pages into a lane ----
+
+    cdef int send_host_page(self, Lane lane, int block, uint64_t page) noexcept nogil:
+        """All target pages of a host page that was claimed."""
+        cdef uint8_t head[8 + 256 + 1]
+        cdef PageBlock *entry = &self.dirty.table[block]
+        cdef uint64_t end = min(page + self.blocks[block].count, entry.pages), flags, zeroes = 0, normals = 0
+        cdef const uint8_t *data
+        cdef size_t length
+        cdef int status = STREAM_OK
+        lane.sent[lane.sent_count].block = block
+        lane.sent[lane.sent_count].page = page
+        lane.sent_count += 1
+        while page < end and status == STREAM_OK:
+            data = entry.host + page * TARGET_PAGE_SIZE
+            length = 8
+            if is_zero(data, TARGET_PAGE_SIZE):
+                flags = RAM_SAVE_FLAG_ZERO
+            else:
+                flags = RAM_SAVE_FLAG_PAGE
+            if block == lane.last_block and not lane.names_all:
+                put_be64(head, page * TARGET_PAGE_SIZE | flags | RAM_SAVE_FLAG_CONTINUE)
+            else:
+                put_be64(head, page * TARGET_PAGE_SIZE | flags)
+                memcpy(head + 8, self.blocks[block].name, self.blocks[block].name_length)
+                length += self.blocks[block].name_length
+                lane.last_block = block
+            if flags == RAM_SAVE_FLAG_ZERO:
+                head[length] = 0
+                status = lane.out.put(head, length + 1)
+                zeroes += 1
+            else:
+                status = lane.out.put(head, length)
+                if status == STREAM_OK:
+                    status = lane.out.put_reference(data, TARGET_PAGE_SIZE)
+                normals += 1
+            page += 1
+        self.count(zeroes, normals)
+        if status == STREAM_OK and lane.sent_count == RELEASE_LIMIT:
+            status = self.flush(lane)
+        return status
+
+    cdef void count(self, uint64_t zeroes, uint64_t normals) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.zero_pages += zeroes
+        self.normal_pages += normals
+        pthread_mutex_unlock(&self.lock)
+
+    cdef int flush(self, Lane lane) noexcept nogil:
+        """Hand what is pending to the kernel; then its pages are not needed here any more."""
+        cdef int status = lane.out.flush_pending()
+        if status == STREAM_OK:
+            if self.releases:
+                self.release(lane)
+            lane.sent_count = 0
+        return status
+
+    cdef void release(self, Lane lane) noexcept nogil:
+        """Give the pages that have left back to the kernel, neighbours at once; where it refuses, they stay."""
+        cdef int index = 0, first
+        cdef uint64_t count, length
+        cdef uint8_t *host
+        while index < lane.sent_count:
+            first = index
+            count = self.blocks[lane.sent[first].block].count
+            while (
+                index + 1 < lane.sent_count
+                and lane.sent[index + 1].block == lane.sent[first].block
+                and lane.sent[index + 1].page == lane.sent[index].page + count
+            ):
+                index += 1
+            index += 1
+            host = self.dirty.table[lane.sent[first].block].host
+            length = <uint64_t> (index - first) * count * TARGET_PAGE_SIZE
+            madvise(
+                host + lane.sent[first].page * TARGET_PAGE_SIZE,
+                length,
+                MADV_REMOVE if self.blocks[lane.sent[first].block].shared else MADV_DONTNEED,
+            )
+
+    cdef int serve_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil:
+        cdef uint64_t last_offset = self.main.out.offset + byte_limit, sent = 0
+        cdef HostPage found
+        cdef bint wanted
+        while True:
+            wanted = self.take_request(&found)
+            if not wanted:
+                if self.main.out.offset >= last_offset or sent >= page_limit:
+                    self.stream_status = self.flush(self.main)
+                    return SERVE_LIMIT if self.stream_status == STREAM_OK else SERVE_FAILED
+                if not next_dirty_page(&self.walk, self.dirty):
+                    self.stream_status = self.flush(self.main)
+                    return SERVE_CLEAN if self.stream_status == STREAM_OK else SERVE_FAILED
+                found.block = self.walk.block
+                found.page = self.walk.page - self.walk.page % self.blocks[found.block].count
+            self.walk.block = found.block
+            self.walk.page = min(found.page + self.blocks[found.block].count, self.dirty.table[found.block].pages)
+            if not self.claim(found.block, found.page):
+                continue
+            self.stream_status = self.send_host_page(self.main, found.block, found.page)
+            sent += self.blocks[found.block].count
+            if self.stream_status == STREAM_OK and (wanted or self.main.out.pending >= FLUSH_BYTES):
+                self.stream_status = self.flush(self.main)
+            if self.stream_status != STREAM_OK:
+                return SERVE_FAILED
+
+    # ---- the door of the migration thread ----
+
+    def connect(self, OutputStream out not None, OutputStream urgent=None) -> None:
+        """Send to *out* from now on, urgent pages to *urgent* if there is one; nothing was sent on either before."""
+        self.main = Lane(out)
+        self.urgent = None if urgent is None else Lane(urgent, True)
+        self.last_requested = -1
+
+    def serve(self, uint64_t byte_limit, uint64_t page_limit) -> bool:
+        """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
+        cdef int status
+        with nogil:
+            status = self.serve_some(byte_limit, page_limit)
+        if status == SERVE_FAILED:
+            self.main.out.raise_on(self.stream_status)
+        return status == SERVE_CLEAN
+
+    def make_uniform(self) -> None:
+        """A host page of which some target page is dirty is dirty as a whole; then count anew."""
+        cdef PageBlock *entry
+        cdef uint64_t page, first, end, total = 0
+        cdef int index
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            for index in range(self.dirty.block_count):
+                entry = &self.dirty.table[index]
+                page = find_next_set(entry.dirty, 0, entry.pages)
+                while page < entry.pages:
+                    first = page - page % self.blocks[index].count
+                    end = min(first + self.blocks[index].count, entry.pages)
+                    for page in range(first, end):
+                        set_bit(entry.dirty, page)
+                    total += end - first
+                    page = find_next_set(entry.dirty, end, entry.pages)
+            self.dirty.remaining = total
+            pthread_mutex_unlock(&self.lock)
+
+    def put_discards(self) -> None:
+        """Tell the destination of everything that is dirty, block by block, on the main channel."""
+        cdef int index, status = STREAM_OK
+        with nogil:
+            for index in range(self.dirty.block_count):
+                status = self.put_discard(index)
+                if status != STREAM_OK:
+                    break
+        self.main.out.raise_on(status)
+
+    cdef int put_discard(self, int block) noexcept nogil:
+        cdef uint8_t message[5 + 1 + 256 + 1 + 16 * DISCARD_RANGES]
+        cdef PageBlock *entry = &self.dirty.table[block]
+        cdef size_t name_length = self.blocks[block].name_length
+        cdef size_t start = 5 + 1 + name_length + 1, length
+        cdef uint64_t page, end
+        cdef int ranges, status
+        page = find_next_set(entry.dirty, 0, entry.pages)
+        while page < entry.pages:
+            ranges = 0
+            while page < entry.pages and ranges < DISCARD_RANGES:
+                end = page + 1
+                while end < entry.pages and test_bit(entry.dirty, end):
+                    end += 1
+                put_be64(message + start + 16 * ranges, page * TARGET_PAGE_SIZE)
+                put_be64(message + start + 16 * ranges + 8, (end - page) * TARGET_PAGE_SIZE)
+                ranges += 1
+                page = find_next_set(entry.dirty, end, entry.pages)
+            length = start + 16 * ranges
+            message[0] = QEMU_VM_COMMAND
+            message[1] = 0
+            message[2] = MIG_CMD_POSTCOPY_RAM_DISCARD
+            message[3] = <uint8_t> ((length - 5) >> 8)
+            message[4] = <uint8_t> ((length - 5) & 0xFF)
+            message[5] = 0  # version
+            memcpy(message + 6, self.blocks[block].name, name_length)
+            message[6 + name_length] = 0
+            status = self.main.out.put(message, length)
+            if status != STREAM_OK:
+                return status
+        return STREAM_OK
+
+    def release_clean(self) -> None:
+        """Give back what the destination has already, as release-ram asks."""
+        cdef PageBlock *entry
+        cdef uint64_t page, end
+        cdef int index
+        with nogil:
+            for index in range(self.dirty.block_count):
+                entry = &self.dirty.table[index]
+                page = 0
+                while page < entry.pages:
+                    end = find_next_set(entry.dirty, page, entry.pages)
+                    if end > page:
+                        madvise(
+                            entry.host + page * TARGET_PAGE_SIZE,
+                            (end - page) * TARGET_PAGE_SIZE,
+                            MADV_REMOVE if self.blocks[index].shared else MADV_DONTNEED,
+                        )
+                    page = end
+                    while page < entry.pages and test_bit(entry.dirty, page):
+                        page += 1
+
+    # ---- recovery ----
+
+    def bitmap_size(self, str idstr) -> int:
+        """Bytes of a block's received bitmap on the wire; KeyError for a block that does not exist."""
+        return (self.dirty.table[<int> self.index_of(idstr)].pages + 63) // 64 * 8
+
+    def index_of(self, str idstr) -> int:
+        for index, block in enumerate(self.dirty.blocks):
+            if block.idstr == idstr:
+                return index
+        raise KeyError(idstr)
+
+    def take_received(self, str idstr, const uint8_t[::1] bitmap not None) -> None:
+        """The destination has these pages of a block: the others are to be sent.
+
+        StreamError when it claims one that was never sent: what it has then is not the guest's.
+        """
+        cdef int index = self.index_of(idstr)
+        cdef PageBlock *entry = &self.dirty.table[index]
+        cdef uint64_t page, unsent = 0, first_unsent = 0
+        if <uint64_t> bitmap.shape[0] * 8 < entry.pages:
+            raise ValueError(f"a bitmap of {bitmap.shape[0]} bytes for {entry.pages} pages")
+        with nogil:
+            for page in range(entry.pages):
+                if (bitmap[page >> 3] >> (page & 7)) & 1 and test_bit(entry.dirty, page):
+                    if unsent == 0:
+                        first_unsent = page
+                    unsent += 1
+        if unsent:
+            raise StreamError(
+                f"the destination says that it has {unsent} pages of block '{idstr}' that were never sent, "
+                f"the first at {first_unsent * TARGET_PAGE_SIZE:#x}"
+            )
+        with nogil:
+            for page in range(entry.pages):
+                if not (bitmap[page >> 3] >> (page & 7)) & 1:
+                    set_bit(entry.dirty, page)
+
+    def forget_requests(self) -> None:
+        """The connection is lost: the destination will ask again for what it still needs."""
+        cdef uint64_t told
+        cdef Bitmap bitmap
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+        self.ring_count = 0
+        self.jump.block = -1
+        self.walk.block = 0
+        self.walk.page = 0
+        for bitmap in self.queued:
+            bitmap.clear_all()
+        eventfd_read(self.wake_fd, &told)
+        pthread_mutex_unlock(&self.lock)
+
+    # ---- the door of the return path ----
+
+    def read_requests(self, InputStream stream not None) -> None:
+        """Take page requests off *stream*, until another message waits there, or its end."""
+        cdef int status = REQUEST_TAKEN, block = -1
+        cdef size_t length, name_length
+        cdef const uint8_t *message
+        cdef unsigned int kind
+        with nogil:
+            while status == REQUEST_TAKEN:
+                self.stream_status = stream.ensure(MESSAGE_HEAD)
+                if self.stream_status != STREAM_OK:
+                    status = REQUEST_STREAM if self.stream_status == STREAM_FAILED else REQUEST_OTHER
+                    break
+                message = stream.buffer + stream.position
+                kind = get_be16(message)
+                length = get_be16(message + 2)
+                if not (
+                    (kind == MIG_RP_MSG_REQ_PAGES and length == RANGE)
+                    or (kind == MIG_RP_MSG_REQ_PAGES_ID and RANGE + 1 < length <= RANGE + 1 + 255)
+                ):
+                    status = REQUEST_OTHER
+                    break
+                self.stream_status = stream.ensure(MESSAGE_HEAD + length)
+                if self.stream_status != STREAM_OK:
+                    status = REQUEST_STREAM if self.stream_status == STREAM_FAILED else REQUEST_OTHER
+                    break
+                message = stream.buffer + stream.position
+                if kind == MIG_RP_MSG_REQ_PAGES_ID:
+                    name_length = message[MESSAGE_HEAD + RANGE]
+                    if RANGE + 1 + name_length != length:
+                        status = REQUEST_OTHER
+                        break
+                    block = self.find_name(message + MESSAGE_HEAD + RANGE, 1 + name_length)
+                    self.last_requested = block
+                else:
+                    block = self.last_requested
+                self.bad_start = get_be64(message + MESSAGE_HEAD)
+                self.bad_length = get_be32(message + MESSAGE_HEAD + 8)
+                if block >= 0:
+                    status = self.request(block, self.bad_start, self.bad_length)
+                else:
+                    status = REQUEST_BAD_NAME if kind == MIG_RP_MSG_REQ_PAGES_ID else REQUEST_NO_BLOCK
+                if status == REQUEST_TAKEN:
+                    stream.position += MESSAGE_HEAD + length
+        if status == REQUEST_STREAM:
+            stream.raise_on(self.stream_status, "a page request")
+        elif status != REQUEST_OTHER:
+            self.refuse_request(status, block, stream)
+
+    cdef int find_name(self, const uint8_t *name, size_t length) noexcept nogil:
+        """The block with that counted string for a name, −1 for none."""
+        cdef int index
+        for index in range(self.dirty.block_count):
+            if self.blocks[index].name_length == length and not memcmp(self.blocks[index].name, name, length):
+                return index
+        return -1
+
+    cdef refuse_request(self, int status, int block, InputStream stream):
+        place = stream.offset
+        if status == REQUEST_SEND:
+            self.urgent.out.raise_on(self.urgent_status)
+        what = f"page request at offset {place:#x} of the return path"
+        if status == REQUEST_NO_BLOCK:
+            raise StreamError(f"{what}: it means the block of the request before, there is none", offset=place)
+        if status == REQUEST_BAD_NAME:
+            known = ", ".join(f"'{one.idstr}'" for one in self.dirty.blocks)
+            raise StreamError(f"{what}: of a block that does not exist here, this machine has {known}", offset=place)
+        one = self.dirty.blocks[block]
+        raise StreamError(
+            f"{what}: {self.bad_length:#x} bytes at {self.bad_start:#x} of block '{one.idstr}', expected whole host pages "
+            f"of {one.page_size:#x} bytes below {one.used_length:#x}",
+            offset=place,
+        )
