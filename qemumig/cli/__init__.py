@@ -2,13 +2,14 @@
 
     qemumig analyze     a recorded stream taken apart, compared, checked
     qemumig demo        a running guest moves from VMM to VMM and back, watched and checked
+    qemumig migrate     a guest of any VMM with QMP sent elsewhere, with the time left as far as it can be known
 
 One module per command: `add_arguments(parser)` says what it takes, `run(args)` does it and returns the exit status.
 They drive VMM processes from outside, over QMP, and so work with qemumig-system and a real QEMU alike:
 
     qmp        the client                    vmm       a VMM process, its serial port, one migration
     guest      the tiny guest's parameters   progress  rounds, and how they are drawn
-    interrupts signals in good order         demo      the command
+    interrupts signals in good order         estimate  the time left
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qemumig import __version__
 
 COMMANDS = {  # module of this package: what `--help` says
     "analyze": "what is in a recorded migration stream: sections, fields, memory",
+    "migrate": "send a running guest elsewhere, from a qemumig-system or a QEMU, and watch it go",
     "demo": "migrate a guest that never rests, watch it, and prove that nothing was lost",
 }
 

@@ -206,7 +206,7 @@ class Demo:
     # --- a migration
 
     def _hop(self, source: Vmm, destination: Vmm) -> Hop:
-        rounds = Rounds()
+        rounds = Rounds(self.args.downtime_limit)
 
         def progress(report: dict[str, Any]) -> None:
             sample, ended = rounds.add(report)

@@ -13,6 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from .estimate import Estimate, Estimator
+
 MB = 1_000_000
 DEVICE_STATE = 200_000  # what follows the last page is no round, and smaller than this
 
@@ -26,13 +28,7 @@ class Sample:
     bandwidth: float
     dirty_rate: float
     total: int
-
-    @property
-    def seconds_left(self) -> float | None:
-        """How long it takes while the guest goes on writing at that rate; None when it would never end."""
-        if not self.bandwidth or self.dirty_rate >= self.bandwidth:
-            return None
-        return self.remaining / (self.bandwidth - self.dirty_rate)
+    left: Estimate
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,11 @@ class Round:
 
 
 class Rounds:
-    """Turns answers of `query-migrate` into rounds."""
+    """Turns answers of `query-migrate` into rounds; *downtime_limit_ms* is the migration's."""
 
-    def __init__(self) -> None:
+    def __init__(self, downtime_limit_ms: int = 300) -> None:
         self.finished: list[Round] = []
+        self._estimator = Estimator(downtime_limit_ms / 1000)
         self._number = 0
         self._began = (time.monotonic(), 0)  # when the round began, bytes sent until then
         self._dirty_rate = 0.0  # what the last round's end showed
@@ -68,11 +65,18 @@ class Rounds:
         number = max(1, ram["dirty-sync-count"])
         bandwidth = ram["mbps"] * 1e6 / 8 or self._measured(now, sent)
         dirty_rate = ram["dirty-pages-rate"] * ram["page-size"] or self._dirty_rate
-        sample = Sample(number, ram["remaining"], bandwidth, dirty_rate, ram["total"])
+        left = self._left(report, now, number, bandwidth)
+        sample = Sample(number, ram["remaining"], bandwidth, dirty_rate, ram["total"], left)
         over = report.get("status") == "completed" and sent > self._began[1] + DEVICE_STATE
         ended = self._end(now, sent, sample) if self._number and (number > self._number or over) else None
         self._number = number
         return sample, ended
+
+    def _left(self, report: dict[str, Any], now: float, number: int, bandwidth: float) -> Estimate:
+        remaining = report["ram"]["remaining"]
+        if str(report.get("status")).startswith("postcopy"):
+            return self._estimator.look_back(now, remaining)
+        return self._estimator.look(now, number, remaining, bandwidth)
 
     def _measured(self, now: float, sent: int) -> float:
         """The rate since the round began, for as long as the VMM has no figure of its own."""
@@ -110,12 +114,6 @@ def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / MB:.1f} MB"
 
 
-def left(sample: Sample) -> str:
-    """The estimate, in words."""
-    seconds = sample.seconds_left
-    return "not converging" if seconds is None else f"about {seconds:.1f} s left"
-
-
 class View:
     """Plain text, one line at a time; also the base of the others."""
 
@@ -137,7 +135,7 @@ class View:
         """How it stands; plain text says so every two seconds only."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + 2
-            self.say(f"  round {sample.number}: {size(sample.remaining)} remain, {left(sample)}")
+            self.say(f"  round {sample.number}: {size(sample.remaining)} remain, {sample.left}")
 
     def row(self, done: Round) -> None:
         """A round has ended."""
@@ -185,7 +183,7 @@ class LiveView(View):
         bar = ProgressBar(total=sample.total, completed=sample.total - sample.remaining, width=40)
         note = (
             f"round {sample.number}: {size(sample.remaining)} remain, guest {sample.dirty_rate / MB:.0f} "
-            f"against link {sample.bandwidth / MB:.0f} MB/s, {left(sample)}"
+            f"against link {sample.bandwidth / MB:.0f} MB/s, {sample.left}"
         )
         self._live.update(Group(self._table, bar, note), refresh=True)
 

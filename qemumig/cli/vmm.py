@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .guest import CLOCK_PAGE, PAGE_SIZE, STATUS_ADDRESS, STATUS_SIZE, GuestStatus, parse_status
 from .qmp import QmpClient, QmpError
@@ -352,7 +352,13 @@ class MigrationOutcome:
     report: dict[str, Any]
 
 
-def listen(destination: Vmm, uri: str = "tcp:127.0.0.1:0") -> str:
+class Commanded(Protocol):
+    """A VMM that takes QMP commands."""
+
+    def command(self, command: str, /, **arguments: Any) -> Any: ...
+
+
+def listen(destination: Commanded, uri: str = "tcp:127.0.0.1:0") -> str:
     """Let *destination* wait for a migration; returns the URI that reaches it."""
     destination.command("migrate-incoming", uri=uri)
     addresses = destination.command("query-migrate").get("socket-address", [])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import pytest
-
-from qemumig.cli.progress import Rounds, Sample, View, left, size
+from qemumig.cli.estimate import Estimate
+from qemumig.cli.progress import Rounds, Sample, View, size
 
 
 def report(
@@ -28,7 +27,7 @@ def test_answer_without_ram_gives_nothing() -> None:
 
 def test_sample_has_rates_in_bytes_per_second() -> None:
     sample, ended = Rounds().add(report(1, 10, 5))
-    assert sample == Sample(1, 5, 100e6, 4096000, 1 << 30)
+    assert sample == Sample(1, 5, 100e6, 4096000, 1 << 30, Estimate())
     assert ended is None
 
 
@@ -57,16 +56,6 @@ def test_completion_ends_the_last_round_once() -> None:
     rounds.add(report(3, 9_000_000, 0, "completed"))
     rounds.add(report(3, 9_020_000, 0, "completed"))
     assert [done.number for done in rounds.finished] == [1]
-
-
-@pytest.mark.parametrize(
-    ("remaining", "bandwidth", "dirty_rate", "words"),
-    [(100, 100.0, 50.0, "about 2.0 s left"), (100, 100.0, 100.0, "not converging"), (100, 0.0, 0.0, "not converging")],
-)
-def test_estimate_sets_the_dirty_rate_against_the_bandwidth(
-    remaining: int, bandwidth: float, dirty_rate: float, words: str
-) -> None:
-    assert left(Sample(1, remaining, bandwidth, dirty_rate, 1000)) == words
 
 
 def test_plain_view_writes_one_line_per_round() -> None:
