@@ -31,6 +31,7 @@ from typing import Any
 from qemumig.errors import MachineError, StateError
 from qemumig.machine import DeviceSection
 from qemumig.qapi import RunState
+from qemumig.threads import named_thread
 
 from . import trace
 from .boot import load_firmware
@@ -111,7 +112,7 @@ class MicroVM:
         self._failure: str | None = None
         # To `vm/control`.
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._control = threading.Thread(target=self._do_work, name="vm/control", daemon=True)
+        self._control = named_thread("vm/control", self._do_work)
         with ExitStack() as undo:
             undo.callback(self._closers.close)
             self._build()

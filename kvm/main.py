@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from qemumig.commands.command import CommandError
 from qemumig.errors import MigrationError
-from qemumig.threads import workers
+from qemumig.threads import NAME_BYTES, take_name, workers
 
 from . import trace
 from .block_options import Disks
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(entered, int):
             return entered
         background = entered
+    if arguments.process_name:
+        take_name(arguments.process_name.encode()[:NAME_BYTES].decode(errors="ignore"))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(Program(arguments, diagnostics, background).run())
 

@@ -103,6 +103,7 @@ class Arguments:
     incoming: str | None = None
     paused: bool = False
     name: str | None = None
+    process_name: str | None = None
     uuid: bytes | None = None
     defaults: bool = True
     nographic: bool = False
@@ -318,6 +319,7 @@ def _name(arguments: Arguments, text: str) -> None:
     keys = unique(split(text, "guest"), ("guest", "debug-threads", "process"))
     switch("debug-threads", keys.get("debug-threads", "off"))
     arguments.name = keys.get("guest", arguments.name)
+    arguments.process_name = keys.get("process", arguments.process_name)
 
 
 def _uuid(arguments: Arguments, text: str) -> None:
@@ -685,7 +687,7 @@ OPTIONS = {
             "set a property of the migration, apic-common.vapic or virtio-mmio.force-legacy",
             _global,
         ),
-        Option("name", "NAME", "what query-name says", _name),
+        Option("name", "[guest=]NAME[,process=NAME]", "what query-name says; what `ps` calls the process", _name),
         Option("uuid", "UUID", "the machine's UUID", _uuid),
         Option("no-reboot", "", "a reset by the guest ends the program", _no_reboot),
         Option("no-shutdown", "", "a power-off by the guest pauses it only", _no_shutdown),

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from qemumig.threads import start_thread
+
 NANOSECONDS = 1_000_000_000
 _LONGEST_SLEEP_S = 3600  # a guest, or a stream, may name a time for which no clock has room
 
@@ -70,8 +72,7 @@ class Deadlines:
     def _start(self) -> None:
         """Under lock."""
         if self._thread is None and not self._ending:
-            self._thread = threading.Thread(target=self._run, name="vm/timers", daemon=True)
-            self._thread.start()
+            self._thread = start_thread("vm/timers", self._run)
 
     def _run(self) -> None:
         while (due := self._wait()) is not None:

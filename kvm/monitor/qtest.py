@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import IO, Protocol
 
+from qemumig.threads import named_thread
+
 from ..chardev import LOW_WATER, CharBackend, FrontEnd, close_descriptors
 from .c_number import DIGITS, LIMIT, magnitude
 
@@ -132,7 +134,7 @@ class QtestServer:
         self._requests = Requests(machine, pins, self._report_level)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="qtest", daemon=True)
+        self._thread = named_thread("qtest", self._work)
         # Under lock.
         self._lock = threading.Lock()
         self._client = 0  # counts them; even: there is none

@@ -94,6 +94,7 @@ class Rounds:
         return done
 
 
+AROUND_ROWS = 8  # lines of a terminal that a table's title and frame, the bar and the note below it take
 COLUMNS = ("round", "time", "sent", "bandwidth", "guest dirties", "then left")
 
 
@@ -161,20 +162,29 @@ class LiveView(View):
 
         self._console = Console()
         self._live: Any = None
-        self._table: Any = None
+        self._title = ""
+        self._rows: list[Round] = []
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
     def begin(self, title: str) -> None:
         from rich.live import Live
+
+        self._title, self._rows = title, []
+        self._live = Live(self._table(), console=self._console, auto_refresh=False)
+        self._live.start()
+
+    def _table(self) -> Any:
+        """The last rounds, as many as the terminal has room for."""
         from rich.table import Table
 
-        self._table = Table(*COLUMNS, title=title, title_justify="left")
-        for column in self._table.columns:
+        table = Table(*COLUMNS, title=self._title, title_justify="left")
+        for column in table.columns:
             column.justify = "right"
-        self._live = Live(self._table, console=self._console, auto_refresh=False)
-        self._live.start()
+        for done in self._rows[-max(3, self._console.height - AROUND_ROWS) :]:
+            table.add_row(*cells(done))
+        return table
 
     def look(self, sample: Sample) -> None:
         from rich.console import Group
@@ -182,18 +192,18 @@ class LiveView(View):
 
         bar = ProgressBar(total=sample.total, completed=sample.total - sample.remaining, width=40)
         note = (
-            f"round {sample.number}: {size(sample.remaining)} remain, guest {sample.dirty_rate / MB:.0f} "
-            f"against link {sample.bandwidth / MB:.0f} MB/s, {sample.left}"
+            f"round {sample.number}: {size(sample.remaining)} remain, {sample.left}\n"
+            f"the guest dirties {sample.dirty_rate / MB:.0f} MB/s, {sample.bandwidth / MB:.0f} MB/s are sent"
         )
-        self._live.update(Group(self._table, bar, note), refresh=True)
+        self._live.update(Group(self._table(), bar, note), refresh=True)
 
     def row(self, done: Round) -> None:
-        self._table.add_row(*cells(done))
-        self._live.update(self._table, refresh=True)
+        self._rows.append(done)
+        self._live.update(self._table(), refresh=True)
 
     def end(self) -> None:
         if self._live is not None:
-            self._live.update(self._table, refresh=True)
+            self._live.update(self._table(), refresh=True)
             self._live.stop()
             self._live = None
 

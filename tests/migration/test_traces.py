@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import qemumig_system
-from tests.support.vmm import GuestParameters, Stage, migrate
+from tests.support.vmm import GuestParameters, Stage, listen, migrate, thread_names, wait_until
 
 pytestmark = pytest.mark.needs("kvm")
 
@@ -47,3 +47,32 @@ def test_a_trace_is_switched_on_while_the_program_runs(stage: Stage) -> None:
     source.command("human-monitor-command", command_line="trace-event * off")
     log = (stage.directory / "source.log").read_text()
     assert "Z migrate_set_state new state setup" in log
+
+
+# What each thread is called while a migration is under way; `worker` stands for any number of them.
+AT_SOURCE = {"CPU 0/KVM", "CPU 1/KVM", "vm/control", "mig/src/main", "mig/src/return"}
+AT_DESTINATION = {"CPU 0/KVM", "CPU 1/KVM", "vm/control", "mig/dst/main"}
+OF_THE_HOST = ("kvm-nx-lpage-re", "kvm-pit/", "vhost-")  # the kernel's own, which show up with ours on some versions
+
+
+def names_but(pid: int, *others: str) -> set[str]:
+    return {name for name in thread_names(pid) if not name.startswith(("worker", *OF_THE_HOST)) and name not in others}
+
+
+def test_every_thread_has_a_name_of_its_own_in_top(stage: Stage) -> None:
+    """The kernel's names, which `top -H` shows; the first thread is called as the process is."""
+    guest = GuestParameters(dirty_pages=4096, cpus=2)
+    source = stage.vmm("source", qemumig_system(), guest=guest, unlimited=False, extra=("-name", "vm,process=origin"))
+    extra = ("-name", "guest=vm,debug-threads=on")
+    destination = stage.vmm("destination", qemumig_system(), incoming=True, extra=extra)
+    source.command("migrate-set-parameters", max_bandwidth=1 << 20)
+    source.command("migrate", uri=listen(destination))
+    wait_until(lambda: source.command("query-migrate")["status"] == "active", "the source is not active")
+    assert names_but(source.process.pid, "origin") == AT_SOURCE
+    assert names_but(destination.process.pid, "qemumig-system") == AT_DESTINATION
+    listed = source.command("query-migrationthreads")
+    assert [one["name"] for one in listed] == ["mig/src/main"]
+    comm = Path(f"/proc/{source.process.pid}/task/{listed[0]['thread-id']}/comm")
+    assert comm.read_text() == "mig/src/main\n"
+    assert thread_names(source.process.pid).count("origin") == 1
+    source.command("migrate_cancel")
