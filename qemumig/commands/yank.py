@@ -1,7 +1,7 @@
 """`yank` for a migration: every connection that it has is shut down, both ways (state-machine.md §6).
 
 Its threads find that out as they would a broken network: the source fails and the guest runs on there, the destination
-fails.  While there is no connection yet there is nothing to shut.
+fails.  A source that still connects or shakes hands gives that up; a destination that waits for its source waits on.
 
 Threads   any; `Channel.shutdown` never waits.
 """
@@ -14,8 +14,5 @@ from ..source.migration import Migration
 
 def shut_channels(source: Migration, destination: IncomingMigration) -> None:
     """Shut down the channels of both sides, as far as they have any."""
-    attempt = source._attempt
-    for holder in (attempt, destination):
-        channel = holder._channel if holder is not None else None
-        if channel is not None:
-            channel.shutdown()
+    source.break_connection()
+    destination.break_connection()

@@ -134,12 +134,21 @@ class IncomingMigration:
             info |= self._blocktime
         return info
 
-    def close(self) -> None:
-        """End whatever runs and join its thread; the process is about to exit."""
+    def break_connection(self) -> None:
+        """Break the connection that there is, as if the network had (state-machine.md §6)."""
+        if (channel := self._channel) is not None:
+            channel.shutdown()
+
+    def abandon(self) -> None:
+        """End all waiting, whatever comes of it: the process is about to exit."""
         if self._quit is not None:
             self._quit.set()
         if self._postcopy is not None:
             self._postcopy.stop_waiting()
+
+    def close(self) -> None:
+        """End whatever runs and join its thread."""
+        self.abandon()
         self._join()
 
     # ---- the thread ----

@@ -14,7 +14,8 @@ belongs to whoever the return path says:
     anything else     failed; the guest stays stopped on this side until a person decides (state-machine.md §5)
 
 Threads   `mig/src/main` runs `_run`; `cancel` may come from any thread.  The owner joins with `join`.
-Fields    set before start: machine, options, address · under the lock: _cancelled, _committed · the rest: thread only
+Fields    set before start: machine, options, address · under the lock: _cancelled, _committed, _broken
+          the rest: thread only
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Attempt:
         self._lock = threading.Lock()
         self._cancelled = False
         self._committed = False  # the last write has begun
+        self._broken = False  # before there was a connection
         self._channel: Channel | None = None
         self._return_path: ReturnPath | None = None
         self._noted_runstate: RunState | None = None  # before the guest was stopped for the switchover
@@ -122,6 +124,15 @@ class Attempt:
             elif self._channel is not None:
                 self._channel.finish()
 
+    def break_connection(self) -> None:
+        """As if the network had broken; a connection that is not there yet never will be."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.shutdown()
+            else:
+                self._broken = True
+                self._quit.set()
+
     def proceed(self) -> None:
         """Go on from the pause before the switchover."""
         self._proceed.set()
@@ -137,7 +148,7 @@ class Attempt:
         try:
             self._migrate()
         except MigrationCancelled:
-            self._give_up()
+            self._give_up(ChannelError("the connection was broken off before it was made") if self._broken else None)
         except MigrationError as error:
             self._give_up(error)
         except Exception as error:  # a defect of ours must not leave the guest stopped

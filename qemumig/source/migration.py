@@ -108,6 +108,11 @@ class Migration:
         if self._attempt is not None and self._states.advance_from_any(MigrationStatus.CANCELLING):
             self._attempt.cancel()
 
+    def break_connection(self) -> None:
+        """Break the connection of a migration that runs, as if the network had (state-machine.md §6)."""
+        if self._attempt is not None:
+            self._attempt.break_connection()
+
     def proceed(self, state: MigrationStatus) -> None:
         """Go on from *state*, which must be the current one; only the pause before the switchover waits for this."""
         current = self._states.status

@@ -169,6 +169,7 @@ class FakeMachine:
             (section.idstr, section.instance_id): section.vmstate.record() for section in self._sections
         }
         self.migration_blockers: list[str] = []
+        self.refuses = ""  # why it takes no device state
         self.loads = 0
         self.guest = FakeGuest(self) if guest else None
 
@@ -226,6 +227,8 @@ class FakeMachine:
 
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         self._require_stopped("load the device state")
+        if self.refuses:
+            raise MachineError(self.refuses, section="cpu", instance_id=0)
         self.loads += 1
         for section, record in loaded:
             self.records[section.idstr, section.instance_id] = record

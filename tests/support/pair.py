@@ -21,10 +21,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qemumig.channels.address import InetAddress
+from qemumig.channels.objects import create_object
 from qemumig.destination.incoming import IncomingMigration
 from qemumig.options import MigrationOptions
 from qemumig.qapi import MigrationStatus, RunState
@@ -53,6 +55,7 @@ class Link:
         self.port: int = self._listener.getsockname()[1]
         self.passed = [0, 0]  # forwards, backwards
         self.tail = b""  # the last of what passed forwards
+        self._mark: tuple[int, Callable[[], None]] | None = None
         self._sockets: list[socket.socket] = []
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._relay, daemon=True)
@@ -86,15 +89,31 @@ class Link:
         self.passed[way] += len(data)
         if way == 0:
             self.tail = (self.tail + data)[-65536:]
+            self._look_at_mark()
         if not data:
             with contextlib.suppress(OSError):
                 target.shutdown(socket.SHUT_WR)
         return bool(data)
 
+    def at(self, after: int, action: Callable[[], None]) -> None:
+        """Call *action*, which does not wait, when *after* bytes have passed forwards; nothing passes meanwhile."""
+        self._mark = after, action
+
+    def _look_at_mark(self) -> None:
+        if self._mark is not None and self.passed[0] >= self._mark[0]:
+            (_, action), self._mark = self._mark, None
+            action()
+
     def _room(self, way: int) -> int:
-        if self._cut is None or self._cut.backwards != bool(way):
-            return 65536
-        return max(1, min(65536, self._cut.after - self.passed[way]))
+        stops = [self._mark[0]] if self._mark is not None and way == 0 else []
+        if self._cut is not None and self._cut.backwards == bool(way):
+            stops.append(self._cut.after)
+        return max(1, min([65536, *(stop - self.passed[way] for stop in stops)]))
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the source has connected."""
+        return bool(self._sockets)
 
     def _is_over(self) -> bool:
         return self._cut is not None and self.passed[self._cut.backwards] >= self._cut.after
@@ -122,14 +141,22 @@ class Link:
         self._wake()
         self._break()
 
+    def cut_after(self, more: int, how: str) -> None:
+        """Break the link when *more* bytes have passed from now on."""
+        self._cut = Cut(self.passed[0] + more, how)
+
     def _wake(self) -> None:
         os.write(self._wake_write, b"x")
         self._thread.join()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Pass nothing any more, nor take a connection."""
         self._wake()
         for sock in (*self._sockets, self._listener):
             sock.close()
+
+    def close(self) -> None:
+        self.stop()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -138,8 +165,16 @@ def no_fd(name: str) -> int:
     raise KeyError(name)
 
 
+def certificates(directory: Path) -> dict[str, Any]:
+    """Credentials `client` and `server` from the certificates in *directory*."""
+    return {
+        side: create_object("tls-creds-x509", side, {"dir": str(directory), "endpoint": side}, lambda name: None)
+        for side in ("client", "server")
+    }
+
+
 class Pair:
-    """Two fake machines and their migrations; *running*: the source's guest runs."""
+    """Two fake machines and their migrations; *running*: the source's guest runs; *tls*: a directory of certificates."""
 
     def __init__(
         self,
@@ -152,21 +187,34 @@ class Pair:
         ram_size: int = 4 << 20,
         exit_on_error: bool = False,
         shared_ram: mmap.mmap | None = None,
+        tls: Path | None = None,
     ) -> None:
         self.events: dict[str, list[Any]] = {"source": [], "destination": []}
         self.failures: list[str] = []
+        self.fds: dict[str, int] = {}  # descriptors that were passed to the source
         self.source = FakeMachine(ram_size, guest=True, manual_clear=manual_clear, shared_ram=shared_ram)
         self.destination = FakeMachine(
             ram_size, guest=True, manual_clear=manual_clear, incoming=True, shared_ram=shared_ram
         )
         for offset in range(2 << 20, ram_size, 3 * 4096):
             self.source.write(self.source.ram, offset, os.urandom(4096))
-        options = MigrationOptions()
-        options.set_capabilities({"events": True, **(capabilities or {})}.items())
-        options.set_parameters(parameters or {"max-bandwidth": 0})
-        self.migration = Migration(self.source, options, emit=self._emit("source"), take_fd=no_fd)
+        self.is_enciphered = tls is not None
+        objects = certificates(tls) if tls is not None else {}
+        here, there = MigrationOptions(), MigrationOptions()
+        for options, creds in ((here, "client"), (there, "server")):
+            options.set_capabilities({"events": True, **(capabilities or {})}.items())
+            options.set_parameters(parameters or {"max-bandwidth": 0})
+            options.set_parameters({"tls-creds": creds if tls is not None else ""})
+        self.migration = Migration(
+            self.source, here, emit=self._emit("source"), take_fd=self.fds.pop, find_object=objects.get
+        )
         self.incoming = IncomingMigration(
-            self.destination, options, emit=self._emit("destination"), take_fd=no_fd, on_failure=self.failures.append
+            self.destination,
+            there,
+            emit=self._emit("destination"),
+            take_fd=no_fd,
+            find_object=objects.get,
+            on_failure=self.failures.append,
         )
         self.incoming.listen(InetAddress("127.0.0.1", "0"), exit_on_error=exit_on_error)
         self.link = Link(int(self.incoming.query()["socket-address"][0]["port"]), cut)
