@@ -737,6 +737,7 @@ def help_text() -> str:
         "",
         "DEV is null, stdio, file:PATH, pipe:PATH, unix:PATH[,server=on][,wait=off],",
         "tcp:HOST:PORT[,server=on][,wait=off], chardev:ID; for -serial also none.",
+        "URI is tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:NUMBER, exec:COMMAND or file:PATH[,offset=N].",
         "",
         "Example: a guest with its serial port in a file, steered over a socket",
         "  qemumig-system -M microvm,acpi=off,pit=off,pic=off,rtc=off -nodefaults -display none -m 256M \\",

@@ -166,8 +166,8 @@ class Drive:
             rounds = Rounds(limit)
             uri = self._args.uri if self._destination is None else listen(self._destination, self._args.uri)
             result |= {"source": self._source.version, "uri": uri}
-            self._view.begin(f"{self._source.version} → {uri}")
             self._source.command("migrate", uri=uri)
+            self._view.begin(f"{self._source.version} → {uri}")
         try:
             report = self._watch(rounds)
         except Interrupted:
