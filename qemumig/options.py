@@ -53,7 +53,7 @@ CAPABILITIES = (
     Capability("postcopy-preempt", built=True),
     Capability("switchover-ack", built=True),
     Capability("dirty-limit"),
-    Capability("mapped-ram"),
+    Capability("mapped-ram", built=True),
 )
 
 
@@ -110,7 +110,7 @@ PARAMETERS = (
     Parameter("vcpu-dirty-limit", "uint64", 1, 1, UINT64),
     Parameter("mode", "enum", "normal", values=("normal", "cpr-reboot", "cpr-transfer")),
     Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd")),
-    Parameter("direct-io", "bool", False),
+    Parameter("direct-io", "bool", False, built=True),
 )
 
 

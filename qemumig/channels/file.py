@@ -32,15 +32,32 @@ def open_incoming_file(address: FileAddress, quit_fd: int, open_path: OpenPath =
     return _open(address, os.O_RDONLY, quit_fd, "open", open_path)
 
 
-def _open(address: FileAddress, flags: int, quit_fd: int, verb: str, open_path: OpenPath) -> Channel:
-    fd = open_path(address.path, flags)
+class FileChannel(Channel):
+    """A file, open for one direction; more descriptors of it can be had, each with a position of its own."""
+
+    def __init__(self, path: str, fd: int, mode: int, quit_fd: int, open_path: OpenPath) -> None:
+        super().__init__("file", path, fd, fd, quit_fd, can_return=False)
+        self._mode = mode
+        self._open_path = open_path
+
+    def open_again(self, flags: int = 0) -> int:
+        """Another descriptor for the same direction, opened with *flags* as well; it belongs to the caller."""
+        return _descriptor(self.name, self._mode | flags, "open", self._open_path)
+
+
+def _descriptor(path: str, flags: int, verb: str, open_path: OpenPath) -> int:
+    """Open *path*, or take a descriptor out of the set that it means; ChannelError when that fails."""
     try:
-        if fd is None:
-            fd = os.open(address.path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        fd = open_path(path, flags)
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600) if fd is None else fd
     except (OSError, ValueError) as error:  # a path with a zero byte never gets as far as the kernel
         number = getattr(error, "errno", None)
-        text = f"Could not {verb} '{address.path}': {os.strerror(number) if number else error}"
-        raise ChannelError(text, channel=address.path, errno=number) from error
+        text = f"Could not {verb} '{path}': {os.strerror(number) if number else error}"
+        raise ChannelError(text, channel=path, errno=number) from error
+
+
+def _open(address: FileAddress, flags: int, quit_fd: int, verb: str, open_path: OpenPath) -> FileChannel:
+    fd = _descriptor(address.path, flags, verb, open_path)
     try:
         if flags & os.O_WRONLY:
             os.ftruncate(fd, address.offset)
@@ -49,6 +66,6 @@ def _open(address: FileAddress, flags: int, quit_fd: int, verb: str, open_path: 
         os.close(fd)
         text = f"Could not go to offset {address.offset} of '{address.path}': {os.strerror(error.errno or 0)}"
         raise ChannelError(text, channel=address.path, errno=error.errno) from error
-    channel = Channel("file", address.path, fd, fd, quit_fd, can_return=False)
+    channel = FileChannel(address.path, fd, flags & os.O_ACCMODE, quit_fd, open_path)
     channel.stored = stat.S_ISREG(os.fstat(fd).st_mode)
     return channel

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address, FdAddress, parse_channels, parse_uri
 from ..channels.connect import no_object
+from ..channels.demands import check_transport
 from ..channels.file import OpenPath, no_path
 from ..destination.incoming import IncomingMigration
 from ..errors import OptionError, StateError
@@ -105,6 +106,7 @@ class MigrationCommands:
         address = parse_uri(uri)
         if isinstance(address, FdAddress) and not address.name.isdigit():
             raise OptionError(f"Invalid file descriptor number '{address.name}'", name="uri", value=uri)
+        check_transport(self.options, address)
         self._destination.listen(address)
 
     def set_autostart(self, autostart: bool) -> None:
@@ -135,6 +137,7 @@ class MigrationCommands:
         resume: bool = False,
     ) -> None:
         address = _address(uri, channels, incoming=False)
+        check_transport(self.options, address)
         if resume:
             raise StateError("Cannot resume if there is no paused migration", state=self._source.status)
         await asyncio.to_thread(self._source.start, address)
@@ -147,6 +150,7 @@ class MigrationCommands:
         if self._machine.runstate is not RunState.INMIGRATE:
             raise StateError("'-incoming' was not specified on the command line", state=self._machine.runstate)
         address = _address(uri, channels, incoming=True)
+        check_transport(self.options, address)
         await asyncio.to_thread(self._destination.listen, address, exit_on_error=exit_on_error)
 
     def migrate_cancel(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from .. import trace
@@ -23,6 +24,7 @@ from ..qapi import RunState
 from ..ram import live
 from ..ram.landing import Landing
 from ..ram.load import RamLoader
+from ..ram.mapped import MappedLoader, PageFiles
 from ..savevm import commands, remedies, sections
 from ..savevm.reader import BytesReader, Reader
 from ..savevm.sections import SectionEntry, SectionTable
@@ -98,6 +100,15 @@ class StreamLoader:
 
         StreamError, ChannelError or MigrationCancelled when that is not possible.
         """
+        if not self._options.capability("mapped-ram"):
+            self._load()
+            return
+        assert isinstance(self.ram, RamLoader)
+        with closing(PageFiles(self.stream.channel, self._options, "dst/recv")) as files:
+            self.ram.load_pages = MappedLoader(self.stream, self.landing, files, self._look_round).load_block
+            self._load()
+
+    def _load(self) -> None:
         trace.loadvm_state_setup()
         sections.read_file_header(self._reader)
         if self._options.migration_property("send-configuration"):

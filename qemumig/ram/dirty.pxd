@@ -20,7 +20,7 @@ cdef class DirtyPages:
     cdef PageMap page_map
     cdef readonly object log          # the machine's DirtyLog
     cdef PageBlock *table             # the same for engines
-    cdef int block_count
+    cdef readonly int block_count
     cdef readonly int chunk_shift     # log2 of the pages in a chunk
     cdef readonly uint64_t remaining  # bits that are set, all blocks together
     cdef readonly uint64_t sync_count

@@ -18,6 +18,7 @@ class DirtyPages:
     bitmaps: list[Bitmap]
     log: DirtyLog
     chunk_shift: int
+    block_count: int
     remaining: int
     sync_count: int
     synced_pages: int
@@ -27,5 +28,7 @@ class DirtyPages:
         """Fetch the machine's log into the bitmaps; returns how many pages are newly dirty."""
     def visit_chunk(self, block_index: int, page: int) -> None:
         """Protect the chunk around *page* again, and learn which of its pages exist at all."""
+    def visit_if_new(self, block_index: int, page: int) -> None:
+        """`visit_chunk`, unless that was done since the last sync."""
     def close(self) -> None:
         """Give the descriptors back; nothing is sent any more."""

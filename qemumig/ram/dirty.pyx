@@ -16,7 +16,7 @@ Holds     (1) `remaining` is the number of bits that are set
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from .bitmap cimport Bitmap, count_set, word_count
+from .bitmap cimport Bitmap, count_set, test_bit
 from .block cimport RAMBlock
 from .populated cimport PageMap
 from ..wire.format cimport TARGET_PAGE_SIZE
@@ -103,6 +103,11 @@ cdef class DirtyPages:
                 self.page_map.find_populated(
                     <uint64_t> entry.host + first * TARGET_PAGE_SIZE, count, entry.populated + (first >> 6)
                 )
+
+    def visit_if_new(self, int block_index, uint64_t page):
+        """Visit the chunk around *page* if that was not done since the last sync; see dirty.pyi."""
+        if test_bit(self.table[block_index].unvisited, page >> self.chunk_shift):
+            self.visit_chunk(block_index, page)
 
     def close(self):
         """Give the page map back; nothing is sent any more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from ..errors import OptionError
 from ..machine import DirtyLog
@@ -33,6 +34,21 @@ UNLIMITED = 1 << 62
 CACHE_SIZE = "xbzrle-cache-size"
 
 
+class Sender(Protocol):
+    """What moves dirty pages; counts are in target pages."""
+
+    zero_pages: int
+    normal_pages: int
+    last_stage: bool
+
+    @property
+    def handled_pages(self) -> int:
+        """All that were dealt with."""
+
+    def send(self, byte_limit: int, page_limit: int) -> bool:
+        """Send about *byte_limit* bytes of dirty pages, about *page_limit* pages at most; True when none is left."""
+
+
 class RamSource:
     """All of RAM on its way into one stream.  Sizes in bytes.
 
@@ -48,15 +64,24 @@ class RamSource:
         self._options = options
         self.cache = new_cache(options.parameter(CACHE_SIZE)) if options.capability("xbzrle") else None
         self.dirty = DirtyPages(self.blocks, log, options.migration_property("x-clear-bitmap-shift"))
-        self.sender = PageSender(self.dirty, out)
-        self.sender.encode_with(self.cache)
+        self.sender: Sender = self._new_sender()
         self._refused_size = 0  # of a cache for which there was no memory
         self.total = sum(block.used_length for block in self.blocks)
+
+    def _new_sender(self) -> Sender:
+        sender = PageSender(self.dirty, self._out)
+        sender.encode_with(self.cache)
+        return sender
 
     @property
     def remaining(self) -> int:
         """Bytes of dirty pages."""
         return self.dirty.remaining * TARGET_PAGE_SIZE
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent so far in whatever way, all of the stream included."""
+        return self._out.offset
 
     @property
     def sent_pages(self) -> int:
@@ -68,21 +93,28 @@ class RamSource:
         total = sum(block.used_length for block in self._listed)
         self._out.write_be64(total | RamSaveFlag.RAM_SAVE_FLAG_MEM_SIZE)
         for block in self._listed:
-            name = block.idstr.encode()
-            self._out.write(bytes([len(name)]) + name + block.used_length.to_bytes(8, "big"))
-            if self._ignore_shared:
-                self._out.write_be64(block.guest_address)
+            self.write_entry(block)
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+
+    def write_entry(self, block: RAMBlock) -> None:
+        """One entry of the block list."""
+        name = block.idstr.encode()
+        self._out.write(bytes([len(name)]) + name + block.used_length.to_bytes(8, "big"))
+        if self._ignore_shared:
+            self._out.write_be64(block.guest_address)
 
     def write_part(self, allowance: int) -> None:
         """PART's body: dirty pages, about *allowance* bytes of them, for no longer than 50 ms."""
         self._follow_cache_size()
         deadline = time.monotonic() + PART_DURATION_S
-        end = self._out.offset + allowance
-        while self._out.offset < end and not self.sender.send(min(STEP_BYTES, end - self._out.offset), STEP_PAGES):
+        end = self.sent_bytes + allowance
+        while self.sent_bytes < end and not self.sender.send(min(STEP_BYTES, end - self.sent_bytes), STEP_PAGES):
             if time.monotonic() > deadline:
                 break
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+
+    def finish_pages(self) -> None:
+        """Every page has been sent, and none will be again."""
 
     def end_period(self) -> None:
         """A period of the dirty rate is over: settle the rates that cover it."""
@@ -111,6 +143,7 @@ class RamSource:
         self.sender.last_stage = True
         while not self.sender.send(UNLIMITED, STEP_PAGES):
             pass
+        self.finish_pages()
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
 
 

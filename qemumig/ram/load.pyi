@@ -19,6 +19,9 @@ class RamLoader:
     zero_pages: int
     normal_pages: int
     encoded_pages: int
+    load_pages: Callable[[int], int] | None
+    """Loads the pages of the block with that index, for the stream has come to what follows its entry in the list, and
+    returns how many came: mapped-ram.  None: pages come as records."""
     wrong_guesses: int
     """How often the pages read ahead were not the ones that came."""
     def __init__(self, stream: InputStream, landing: Landing, on_flush: Callable[[], None] | None = None) -> None: ...

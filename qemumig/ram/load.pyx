@@ -69,6 +69,7 @@ cdef class RamLoader:
     cdef readonly Landing landing
     cdef LoadBlock *table             # the landing's
     cdef object on_flush              # called at a sync point of multifd
+    cdef public object load_pages     # called with the index of each block listed: mapped-ram; None: pages come as records
     cdef int last_block               # of the previous record on this stream; −1: none yet
     cdef int guess                    # how many pages to guess next time
     cdef uint64_t head                # of the record at hand …
@@ -260,6 +261,8 @@ cdef class RamLoader:
             if self.head == RAM_SAVE_FLAG_EOS:
                 return LOAD_EOS
             flags &= ~(<uint64_t> RAM_SAVE_FLAG_CONTINUE)
+            if self.load_pages is not None:
+                return LOAD_OTHER
             if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO and flags != RAM_SAVE_FLAG_XBZRLE:
                 return LOAD_OTHER
             status = self.take_block()
@@ -303,6 +306,13 @@ cdef class RamLoader:
         cdef uint64_t flags = self.head & (TARGET_PAGE_SIZE - 1)
         if flags == RAM_SAVE_FLAG_MEM_SIZE:
             self.load_block_list(self.head - flags)
+        elif self.load_pages is not None:
+            raise StreamError(
+                f"section 'ram' instance 0, record at offset {self.head_offset:#x}: head {self.head:#x} has flags "
+                f"{flags:#x}{flag_names(flags)}, expected MEM_SIZE (0x4) or EOS (0x10): with mapped-ram pages are no records",
+                offset=self.head_offset,
+                section="ram",
+            )
         elif flags == RamSaveFlag.RAM_SAVE_FLAG_MULTIFD_FLUSH and self.head == flags:
             if self.on_flush is not None:  # 8.1 sends it without multifd, too: then there is nothing to do
                 self.on_flush()
@@ -340,6 +350,8 @@ cdef class RamLoader:
             if self.landing.postcopy_advised and self.blocks[index].page_size != TARGET_PAGE_SIZE:
                 self.check_page_size(self.blocks[index])
             self.landing.listed.add(index)
+            if self.load_pages is not None:
+                self.normal_pages += self.load_pages(index)
 
     def check_page_size(self, RAMBlock block):
         """Both ends place whole host pages, which must be the same ones (ram.md §3)."""

@@ -100,7 +100,8 @@ class Configuration:
         """What a sender announces: of *capabilities* (all that are on) only the validated ones; *uuid* when it is
         to be validated."""
         name = machine_type.encode()
-        on = [one for one in VALIDATED_CAPABILITIES if one in set(capabilities)]
+        given = set(capabilities)
+        on = [one for one in VALIDATED_CAPABILITIES if one in given]
         announced = CapabilityList(on, len(on)) if on else None
         return cls(name, len(name), capabilities=announced, uuid=uuid)
 

@@ -35,6 +35,7 @@ from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..ram import live
 from ..ram.live import RamSource
+from ..ram.mapped import MappedRamSource
 from ..savevm import commands, sections, vmdesc
 from ..savevm.devices.globalstate import GlobalState
 from ..savevm.sections import SectionHeader
@@ -213,13 +214,14 @@ class Attempt:
         machine, options = self.machine, self.options
         self._logging = True
         machine.dirty_log.start()
-        self.ram = RamSource(machine.ram_blocks, machine.dirty_log, self.out, options)
+        kind = MappedRamSource if options.capability("mapped-ram") else RamSource
+        self.ram = kind(machine.ram_blocks, machine.dirty_log, self.out, options)
         self._sync()
         trace.savevm_state_header()
         self.out.write(sections.encode_file_header())
         if options.migration_property("send-configuration"):
             uuid = machine.uuid if options.capability("validate-uuid") else None
-            on = (name for name, state in options.capabilities().items() if state)
+            on = [name for name, state in options.capabilities().items() if state]
             configuration = sections.Configuration.of(machine.machine_type, capabilities=on, uuid=uuid)
             data, self._configuration_description = sections.encode_configuration(configuration)
             self.out.write(data)
@@ -230,17 +232,17 @@ class Attempt:
         self._begin(SectionType.QEMU_VM_SECTION_START)
         self.ram.write_block_list()
         self._end_section()
-        self.pacer.restart(self.out.offset, 0)
+        self.pacer.restart(self.ram.sent_bytes, 0)
 
     def _send_rounds(self) -> None:
         """Send PARTs until what is left can be sent while the guest stands still."""
         assert self.out is not None and self.ram is not None
         rule = SwitchoverRule()
         while True:
-            allowance = self.pacer.allowance(self.out.offset)
+            allowance = self.pacer.allowance(self.ram.sent_bytes)
             if allowance:
-                threshold = self.pacer.threshold(self.out.offset)
-                bandwidth = self.pacer.current_bandwidth(self.out.offset)
+                threshold = self.pacer.threshold(self.ram.sent_bytes)
+                bandwidth = self.pacer.current_bandwidth(self.ram.sent_bytes)
                 if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
                     trace.migrate_pending_exact(self.ram.remaining, int(threshold), int(bandwidth))
@@ -251,13 +253,13 @@ class Attempt:
                 self._begin(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
                 self._end_section()
-                self.precopy_bytes = self.out.offset
+                self.precopy_bytes = self.ram.sent_bytes
             if self._quit.is_set():
                 raise MigrationCancelled("the migration was cancelled")
-            if not self.pacer.allowance(self.out.offset):
+            if not self.pacer.allowance(self.ram.sent_bytes):
                 self.pacer.wait()
-            if self.pacer.update(self.out.offset, self.ram.sent_pages):
-                trace.migrate_transferred(self.out.offset, int(self.pacer.bandwidth))
+            if self.pacer.update(self.ram.sent_bytes, self.ram.sent_pages):
+                trace.migrate_transferred(self.ram.sent_bytes, int(self.pacer.bandwidth))
 
     def _may_switch(self) -> bool:
         """Whether the destination agrees; waits a little for that.  A guest that stands still need not be asked for."""

@@ -48,10 +48,10 @@ def _expected_downtime_ms(attempt: Attempt, downtime_limit_ms: int) -> int:
 
 
 def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str, Any]:
-    ram, out = attempt.ram, attempt.out
-    assert ram is not None and out is not None
+    ram = attempt.ram
+    assert ram is not None
     completed = status is MigrationStatus.COMPLETED
-    transferred = out.offset
+    transferred = ram.sent_bytes
     mbps = attempt.pacer.mbps
     if completed:
         moving_s = total_s - (attempt.setup_s or 0)

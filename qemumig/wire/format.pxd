@@ -62,6 +62,12 @@ cpdef enum RamSaveFlag:
     RAM_SAVE_FLAG_MULTIFD_FLUSH = 0x200       # since 8.1
 
 cpdef enum:
+    # mapped-ram (ram.md §10), since 9.0
+    MAPPED_RAM_HDR_VERSION = 1
+    MAPPED_RAM_HDR_SIZE = 28                  # version u32; page size, bitmap offset, pages offset u64
+    MAPPED_RAM_FILE_OFFSET_ALIGNMENT = 0x100000  # of the pages of a block
+
+cpdef enum:
     ENCODING_FLAG_XBZRLE = 0x01               # the first byte behind the head of an XBZRLE record; no other is known
 
 cpdef enum:

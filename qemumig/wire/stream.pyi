@@ -17,6 +17,10 @@ class OutputStream:
         """Put *data* behind what is pending; it leaves with the next flush, or when the buffer is full."""
     def flush(self) -> None:
         """Hand everything that is pending to the kernel."""
+    def file_position(self) -> int:
+        """Where in the file the next byte goes; flushes.  ChannelError when the channel cannot be sought."""
+    def go_to(self, position: int) -> None:
+        """Let the next byte go to *position* of the file; what is passed over counts as nothing put."""
     def accepted_bytes(self) -> int:
         """Bytes that the kernel has taken."""
     def pending_bytes(self) -> int:
@@ -38,8 +42,14 @@ class InputStream:
     @property
     def offset(self) -> int:
         """Bytes consumed so far."""
+    def file_position(self) -> int:
+        """Where in the file the next byte lies.  ChannelError when the channel cannot be sought."""
+    def go_to(self, position: int) -> None:
+        """Go on at *position* of the file; what is passed over counts as consumed."""
     def read(self, length: int, what: str = "a field") -> bytes:
         """Exactly *length* bytes."""
+    def fill(self, target: bytearray | memoryview, what: str = "a field") -> None:
+        """As many bytes as *target* has, straight into it."""
     def peek(self, length: int) -> bytes:
         """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""
     def read_u8(self, what: str = "a field") -> int: ...

@@ -213,6 +213,16 @@ cdef class OutputStream:
             status = self.flush_pending()
         self.raise_on(status)
 
+    def file_position(self) -> int:
+        """Where the next byte goes, when the channel is a file that can be sought; see stream.pyi."""
+        self.flush()
+        return seek_in(self.channel, self.fd, 0, os.SEEK_CUR)
+
+    def go_to(self, position):
+        """Let the next byte go to *position* of the file; see stream.pyi."""
+        self.flush()
+        seek_in(self.channel, self.fd, position, os.SEEK_SET)
+
     def accepted_bytes(self) -> int:
         """Bytes that the kernel has taken."""
         return self.offset - self.pending
@@ -232,6 +242,20 @@ cdef class OutputStream:
 
     def write_be64(self, unsigned long long value):
         self.write(value.to_bytes(8, "big"))
+
+
+def seek_in(channel, fd, position, whence):
+    """lseek on the file of *channel*; ChannelError when it is none, or has no such place."""
+    try:
+        return os.lseek(fd, position, whence)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None)
+        raise ChannelError(
+            f"{channel.kind} '{channel.name}' has no position {position:#x} to go to "
+            f"({os.strerror(number) if number else error}): expected a file",
+            channel=channel.name,
+            errno=number,
+        ) from error
 
 
 cdef class InputStream:
@@ -254,6 +278,17 @@ cdef class InputStream:
     def offset(self) -> int:
         """Bytes consumed so far."""
         return self.base + self.position
+
+    def file_position(self) -> int:
+        """Where the next byte to consume lies, when the channel is a file that can be sought; see stream.pyi."""
+        return seek_in(self.channel, self.fd, 0, os.SEEK_CUR) - (self.end - self.position)
+
+    def go_to(self, position):
+        """Go on at *position* of the file; see stream.pyi."""
+        offset = self.offset + position - self.file_position()
+        seek_in(self.channel, self.fd, position, os.SEEK_SET)
+        self.position = self.end = 0
+        self.base = offset
 
     cdef int receive(self, iovec *iov, int count, size_t *received) noexcept nogil:
         """One readv, after waiting for it to be possible."""
@@ -360,6 +395,14 @@ cdef class InputStream:
             parts += data
             if <size_t> len(parts) == length:
                 return bytes(parts)
+
+    def fill(self, uint8_t[::1] target not None, str what="a field"):
+        """Fill *target*; see stream.pyi."""
+        cdef int status = STREAM_OK
+        if target.shape[0]:
+            with nogil:
+                status = self.read_into(&target[0], target.shape[0])
+        self.raise_on(status, what)
 
     def peek(self, size_t length) -> bytes:
         """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""

@@ -24,6 +24,7 @@ from tests.support.vmm import (
     GuestParameters,
     Stage,
     Vmm,
+    VmmError,
     children,
     listen,
     migrate,
@@ -97,6 +98,22 @@ def test_through_a_file(stage: Stage, transport: str) -> None:
     wait_until(lambda: source.command("query-migrate")["status"] == "completed", "the source to complete")
     wait_until(lambda: not children(source.process.pid), "the command to end")
     destination.command("migrate-incoming", uri=f"exec:cat {file}" if transport == "exec" else f"file:{file},offset=4K")
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+def test_through_a_file_that_has_a_place_for_every_page(stage: Stage) -> None:
+    source, destination = pair(stage, BUSY)
+    with_capabilities([source, destination], **{"mapped-ram": True})
+    file = stage.directory / "saved"
+    with pytest.raises(VmmError, match="Migration requires seekable transport"):
+        source.command("migrate", uri="tcp:127.0.0.1:1")
+    source.command("migrate", uri=f"file:{file},offset=12345")
+    wait_until(lambda: source.command("query-migrate")["status"] == "completed", "the source to complete")
+    ram = source.command("query-migrate")["ram"]
+    assert ram["transferred"] > ram["normal-bytes"] > 0 == ram["remaining"]
+    assert file.stat().st_size > 128 * MIB > 2 * 512 * file.stat().st_blocks
+    destination.command("migrate-incoming", uri=f"file:{file},offset=12345")
     destination.wait_runstate("running")
     stage.assert_guest_is_well(destination)
 
