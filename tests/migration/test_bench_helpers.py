@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,6 +17,7 @@ from tests.support.vmm import MIB, Stage, wait_until
 from tools.benchlib import __main__ as bench
 from tools.benchlib import baresocket
 from tools.benchlib.measure import Bench, Contestant, Run, summary
+from tools.benchlib.plot import svg
 from tools.benchlib.process import cpu_seconds, forget_peak, guest_resident, peak_overhead
 from tools.benchlib.report import BARE, ratios, table
 from tools.benchlib.workloads import WORKLOADS, Workload
@@ -34,6 +39,47 @@ def test_ratios_are_against_the_best_qemu_and_the_bare_socket() -> None:
     assert results["QEMU 2"]["share_of_bare_socket"] == 0.6
     assert results[BARE]["ratio_to_best_qemu"] is None
     assert "1.50" in table("title", results)
+
+
+def found() -> dict[str, Any]:
+    """A run of two contestants, as --json has it."""
+    runs = {"qemumig": (900.0, 1000.0), "QEMU <1>": (500.0, 500.0)}
+    results = {name: summary([Run(rate=one, total_ms=7.0) for one in rates]) for name, rates in runs.items()}
+    ratios(results, "qemumig")
+    return {"host": bench.host(), "memory": 1 << 30, "repeat": 2, "workloads": {"dirtying": results}}
+
+
+def test_picture_has_a_bar_for_each_figure_that_was_measured_and_whiskers_where_runs_differ() -> None:
+    picture = ElementTree.fromstring(svg(found()))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [
+        float(bar.attrib["width"]) for bar in picture.iter(f"{space}rect") if "fill" in bar.attrib and "x" in bar.attrib
+    ]
+    assert bars == [104.5, 55.0, 110.0, 110.0]  # rates against the highest of 1000, then total times
+    assert len(list(picture.iter(f"{space}path"))) == 1
+    texts = [text.text for text in picture.iter(f"{space}text")]
+    assert {"QEMU <1>", "qemumig", "950", "500", "7", "dirtying, 1024 MiB, 2 runs each"} <= set(texts)
+
+
+def test_former_run_is_shown_and_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(found()))
+    argv = ["bench", "--from", str(tmp_path / "run.json"), "--plot", str(tmp_path / "run.svg")]
+    monkeypatch.setattr("sys.argv", argv)
+    assert bench.main() == 0
+    assert (tmp_path / "run.svg").read_text() == svg(found())
+    assert "950 (900..1000)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"workloads": {"x": {"y": {}}}, "memory": 1}'])
+def test_what_is_no_former_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["bench", "--from", str(tmp_path / "run.json")])
+    assert bench.main() == 1
+    assert "is nothing that --json wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)

@@ -3,4 +3,5 @@
 __main__    options, turns, JSON         workloads    what the guest does
 measure     one migration                baresocket   the limit of the machine
 process     processor time and memory    report       ratios and the table
+plot        the same as an SVG
 """

@@ -26,6 +26,7 @@ from qemumig.cli.vmm import LOW_MEMORY_END, VmmError
 
 from .baresocket import BATCH
 from .measure import Bench, Contestant, Run, summary
+from .plot import svg
 from .report import BARE, ratios, table
 from .workloads import WORKLOADS, Workload
 
@@ -48,7 +49,17 @@ def arguments() -> argparse.Namespace:
     add("--downtime-limit", type=int, default=300, metavar="MS", help="the same for all (default 300)")
     add("--timeout", type=float, default=120, metavar="S", help="a migration that takes longer ends the bench (120)")
     add("--json", type=Path, metavar="FILE", help="also write all figures of all runs there")
+    add("--plot", type=Path, metavar="FILE.svg", help="also draw the figures there")
+    add(
+        "--from",
+        type=Path,
+        dest="former",
+        metavar="FILE",
+        help="measure nothing: tables and --plot of a former run's --json",
+    )
     args = parser.parse_args()
+    if args.plot and args.plot.suffix != ".svg":
+        parser.error(f"--plot {args.plot}: the name of an .svg file is expected")
     if not 64 << 20 <= args.memory <= LOW_MEMORY_END or not 1 <= args.cpus <= 16 or args.repeat < 1:
         parser.error("--memory is 64M to 3G, --cpus 1 to 16, --repeat at least 1")
     return args
@@ -109,8 +120,46 @@ def host() -> dict[str, Any]:
     }
 
 
+def heading(workload: str, found: dict[str, Any]) -> str:
+    """What stands above a workload's table."""
+    what = next((known.what for known in WORKLOADS if known.name == workload), "")
+    return f"{workload}: {what}, {found['memory'] >> 20} MiB"
+
+
+def former_run(path: Path) -> dict[str, Any]:
+    """What an earlier bench wrote with --json; VmmError when it did not."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        tables = [table(heading(name, found), results) for name, results in found["workloads"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VmmError(f"{path} is nothing that --json wrote: {error!r}") from error
+    for each in tables:
+        print(each, flush=True)
+    return found
+
+
+def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write what was found where it is wanted."""
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.plot:
+        args.plot.write_text(svg(found))
+
+
 def main() -> int:
     args = arguments()
+    try:
+        if args.former is None:
+            return measure(args)
+        keep(args, former_run(args.former))
+    except (DemoError, VmmError, OSError) as error:
+        print(f"tools/bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure everything that is asked for; the exit status."""
     wanted = [w for w in WORKLOADS if args.workload is None or w.name in args.workload]
     found: dict[str, Any] = {"host": host(), "memory": args.memory, "cpus": args.cpus, "repeat": args.repeat}
     found |= {"downtime_limit_ms": args.downtime_limit, "bare_batch_pages": BATCH, "workloads": {}}
@@ -122,15 +171,11 @@ def main() -> int:
             for workload in wanted:
                 results = measure_workload(bench, workload, entered, args.repeat)
                 found["workloads"][workload.name] = results
-                print(table(f"{workload.name}: {workload.what}, {args.memory >> 20} MiB", results), flush=True)
-        except (DemoError, VmmError, OSError) as error:
-            print(f"tools/bench: {error}", file=sys.stderr)
-            return 1
+                print(table(heading(workload.name, found), results), flush=True)
         except Interrupted as error:
             print(f"tools/bench: interrupted by {error}", file=sys.stderr)
             return 128 + error.signum
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    keep(args, found)
     return 0
 
 
