@@ -51,6 +51,7 @@ from .memory import HostMemory
 from .state.host import HostState
 from .structs import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from .system import Kvm
+from .throttle import Throttle
 from .vcpu import (
     Exit,
     FailEntryExit,
@@ -157,6 +158,8 @@ class MicroVM:
         for processor in self._processors:
             processor.thread.start()
             closers.callback(processor.thread.stop)
+        self._throttle = Throttle(lambda: [processor.thread for processor in self._processors])
+        closers.callback(self._throttle.set, 0)
         self._control.start()
         closers.callback(self._end_control)
 
@@ -296,6 +299,10 @@ class MicroVM:
     def _resume(self) -> None:
         for processor in self._processors:
             processor.thread.resume()
+
+    def throttle_vcpus(self, percentage: int) -> None:
+        """Take that share of their time from all vCPUs, until told otherwise; 0: none of it."""
+        self._throttle.set(percentage)
 
     def _reset_everything(self) -> None:
         self._guest_wants_reset = False

@@ -471,9 +471,10 @@ class VcpuThread:
         self._on_error = on_error
         # A daemon, so that a program that dies of an exception is not held back by its guest.
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
-        # Under lock.  Invariant: vcpu.run.immediate_exit == _pause_wanted, from start to the thread's end.
+        # Under lock.  Invariant: vcpu.run.immediate_exit == _pause_wanted or _doze_s > 0, from start to the thread's end.
         self._changed = threading.Condition()
         self._pause_wanted = True
+        self._doze_s = 0.0  # how long to stay out of the guest, once
         self._paused = False
         self._ending = False
         self._alive = False  # there is a thread that may be signalled
@@ -504,6 +505,7 @@ class VcpuThread:
             if self._ending:
                 return
             self._pause_wanted = False
+            self._doze_s = 0.0
             self._paused = False
             self.vcpu.run.immediate_exit = 0
             self._changed.notify_all()
@@ -512,6 +514,18 @@ class VcpuThread:
         """Have the vCPU parked soon; does not wait."""
         with self._changed:
             self._want_pause()
+
+    def doze(self, seconds: float) -> None:
+        """Keep the vCPU out of the guest for so long, once and soon; does not wait.  A pause ends it early.
+
+        Nothing happens to one that is not running, or has not done its last doze.
+        """
+        with self._changed:
+            if self._pause_wanted or self._ending or self._doze_s or not self._alive:
+                return
+            self._doze_s = seconds
+            self.vcpu.run.immediate_exit = 1
+            signal.pthread_kill(self._thread.ident or 0, KICK_SIGNAL)
 
     def wait_paused(self, timeout: float | None = None) -> bool:
         """Wait until it is parked; False when *timeout* seconds passed first."""
@@ -544,6 +558,7 @@ class VcpuThread:
             return
         self._pause_wanted = True
         self.vcpu.run.immediate_exit = 1
+        self._changed.notify_all()  # it may doze
         if self._alive and threading.current_thread() is not self._thread:
             signal.pthread_kill(self._thread.ident or 0, KICK_SIGNAL)
 
@@ -574,6 +589,19 @@ class VcpuThread:
                 self._changed.wait()
             return not self._ending
 
+    def _doze(self) -> None:
+        """Stay out of the guest if somebody asked for that."""
+        with self._changed:
+            if not self._doze_s:
+                return
+            if not self._changed.wait_for(self._is_awake, self._doze_s):
+                self.vcpu.run.immediate_exit = 0
+            self._doze_s = 0.0
+
+    def _is_awake(self) -> bool:
+        """Under lock.  Something ends a doze early; a pause and a resume after it leave none."""
+        return self._pause_wanted or self._ending or not self._doze_s
+
     def _run_until_paused(self) -> None:
         run_once, handle_exit = self.vcpu.run_once, self._handle_exit
         try:
@@ -582,6 +610,7 @@ class VcpuThread:
                 if exit is _INTERRUPTED:
                     if self._pause_wanted:
                         return
+                    self._doze()
                 elif exit is not _RETRY:
                     handle_exit(exit)
         except BaseException as error:  # SystemExit as well: a vCPU that is silently gone helps nobody

@@ -96,6 +96,9 @@ class Machine(Protocol):
     def start(self) -> None:
         """Let the vCPUs run: RunState.RUNNING."""
 
+    def throttle_vcpus(self, percentage: int) -> None:
+        """Let every vCPU run only 100 − *percentage* (0 … 99) percent of the time, until told otherwise."""
+
     def set_runstate(self, state: RunState) -> None:
         """Rename the state of a machine that is stopped (finish-migrate → postmigrate, …)."""
 

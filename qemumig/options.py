@@ -34,7 +34,7 @@ class Capability:
 CAPABILITIES = (
     Capability("xbzrle", built=True),
     Capability("rdma-pin-all"),
-    Capability("auto-converge"),
+    Capability("auto-converge", built=True),
     Capability("zero-blocks", built=True),  # without effect in QEMU, too
     Capability("events", built=True),
     Capability("postcopy-ram", built=True),
@@ -75,7 +75,7 @@ class Parameter:
 
 
 def _percent(name: str, default: int, low: int, high: int) -> Parameter:
-    return Parameter(name, "uint8", default, low, high, f"an integer in the range of {low} to {high}")
+    return Parameter(name, "uint8", default, low, high, f"an integer in the range of {low} to {high}", built=True)
 
 
 PARAMETERS = (
@@ -86,7 +86,7 @@ PARAMETERS = (
     _percent("throttle-trigger-threshold", 50, 1, 100),
     _percent("cpu-throttle-initial", 20, 1, 99),
     _percent("cpu-throttle-increment", 10, 1, 99),
-    Parameter("cpu-throttle-tailslow", "bool", False),
+    Parameter("cpu-throttle-tailslow", "bool", False, built=True),
     Parameter("tls-creds", "StrOrNull", "", built=True),
     Parameter("tls-hostname", "StrOrNull", "", built=True),
     Parameter("tls-authz", "StrOrNull", "", built=True),
@@ -100,7 +100,7 @@ PARAMETERS = (
         *("a power of two no less than the target page size", True),
     ),
     Parameter("max-postcopy-bandwidth", "size", 0, built=True),
-    Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99"),
+    Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99", built=True),
     Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd")),
     Parameter("multifd-zlib-level", "uint8", 1, 0, 9, "a value between 0 and 9"),
     Parameter("multifd-qatzip-level", "uint8", 1, 1, 9, "a value between 1 and 9"),

@@ -136,6 +136,7 @@ MIGRATION_INFO = Struct(
     Argument("ram", MIGRATION_STATS, optional=True),
     Argument("xbzrle-cache", XBZRLE_CACHE_STATS, optional=True),
     *(Argument(name, INT, optional=True) for name in ("total-time", "expected-downtime", "downtime", "setup-time")),
+    Argument("cpu-throttle-percentage", INT, optional=True),
     Argument("error-desc", STR, optional=True),
     Argument("blocked-reasons", ListOf(STR), optional=True),
     Argument("socket-address", ListOf(SOCKET_ADDRESS), optional=True),

@@ -43,13 +43,14 @@ from ..states import StatusMachine
 from ..threads import start_thread
 from ..wire.format import SectionType
 from ..wire.stream import OutputStream
-from .convergence import DirtyRate, Pacer, SwitchoverRule
+from .convergence import AutoConverge, DirtyRate, Pacer, SwitchoverRule
 from .return_path import ITS_WORDS, ReturnPath, Verdict
 
 PING_OPENED = 1  # the first one, as QEMU numbers it
 PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
 RAM_SECTION_ID = 1  # the devices' follow
 HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # how a destination that refuses looks to who still writes
+LONGEST_ROUND_S = 5.0
 LAST_WORD_S = 2.0  # for what the destination said before it closed the connection, which a busy host delivers late
 APPROVAL_S = 0.05  # for the destination's approval of the switchover, before the guest's writes are looked at again
 ANSWER_AFTER_CANCEL_S = 10.0  # how long a cancel that came too late waits for the destination's word
@@ -82,6 +83,8 @@ class Attempt:
         self.ram: RamSource | None = None
         self.pacer = Pacer(options, quit_event.fd)
         self.dirty_rate = DirtyRate()
+        self.converge = AutoConverge(options, machine.throttle_vcpus)
+        self._synced_s = 0.0
         self.precopy_bytes = 0
         self.out: OutputStream | None = None
         self._states = states
@@ -249,6 +252,8 @@ class Attempt:
                     if rule.is_time(self.ram.remaining, threshold, bandwidth) and self._may_switch():
                         trace.migration_thread_low_pending(self.ram.remaining)
                         return
+                elif self._is_sync_due():
+                    self._sync()
                 trace.savevm_state_iterate()
                 self._begin(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
@@ -260,6 +265,12 @@ class Attempt:
                 self.pacer.wait()
             if self.pacer.update(self.ram.sent_bytes, self.ram.sent_pages):
                 trace.migrate_transferred(self.ram.sent_bytes, int(self.pacer.bandwidth))
+
+    def _is_sync_due(self) -> bool:
+        """Whether a round takes so long that auto-converge would wait too long for its end (convergence.md §2)."""
+        assert self.ram is not None
+        is_long = time.monotonic() - self._synced_s > LONGEST_ROUND_S and self.ram.dirty.sync_count > 1
+        return is_long and self.options.capability("auto-converge")
 
     def _may_switch(self) -> bool:
         """Whether the destination agrees; waits a little for that.  A guest that stands still need not be asked for."""
@@ -279,8 +290,11 @@ class Attempt:
         trace.migration_bitmap_sync_start()
         self.ram.dirty.sync()
         trace.migration_bitmap_sync_end(self.ram.dirty.synced_pages)
-        if self.dirty_rate.update(self.ram.dirty.new_pages):
+        self._synced_s = time.monotonic()
+        period = self.dirty_rate.update(self.ram.dirty.new_pages, self.ram.sent_bytes)
+        if period is not None:
             self.ram.end_period()
+            self.converge.judge(period)
         self._on_pass(self.ram.dirty.sync_count)
 
     # ---- switchover: the guest is stopped ----
@@ -449,6 +463,7 @@ class Attempt:
 
     def _clean_up(self) -> None:
         """Give everything back; nobody of ours is left on the channel when it is closed."""
+        self.converge.end()
         self._end_logging()
         if self._states.status is not MigrationStatus.COMPLETED:
             self._quit.set()

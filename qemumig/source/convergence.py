@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import select
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..errors import MigrationCancelled
 from ..options import MigrationOptions
+from ..wire.format import TARGET_PAGE_SIZE
 
 WINDOW_S = 0.1
 NOT_WORTH_A_ROUND_S = 0.004  # a rest that is sent within this time is not reduced any further
 WORTH_A_ROUND = 0.7  # a round is worth it when it left less than this share of the rest before
+BAD_PERIODS = 2  # after so many the vCPUs are held back, or more than before
+HIGHEST_PERCENTAGE = 99
 EXTRA_ROUNDS = 6  # and no more of them than this: the guest may dirty memory in waves
 
 
@@ -116,14 +121,70 @@ class DirtyRate:
     def __init__(self) -> None:
         self._start_s = time.monotonic()
         self._start_pages = 0
+        self._start_bytes = 0
         self.pages_per_second = 0
 
-    def update(self, new_pages: int) -> bool:
-        """*new_pages*: found dirty by all syncs so far; True when a period is over."""
+    def update(self, new_pages: int, sent_bytes: int) -> Period | None:
+        """*new_pages*: found dirty by all syncs so far; the period that is over with this one, if it is."""
         elapsed = time.monotonic() - self._start_s
         if elapsed <= 1:
-            return False
+            return None
+        period = Period((new_pages - self._start_pages) * TARGET_PAGE_SIZE, sent_bytes - self._start_bytes)
         self.pages_per_second = int((new_pages - self._start_pages) / elapsed)
         self._start_s += elapsed
         self._start_pages = new_pages
-        return True
+        self._start_bytes = sent_bytes
+        return period
+
+
+@dataclass(frozen=True)
+class Period:
+    """What the guest dirtied in a period, and what was sent; bytes."""
+
+    dirtied: int
+    sent: int
+
+
+class AutoConverge:
+    """Takes time from the vCPUs of a guest that dirties memory faster than it is sent (convergence.md §1, §2).
+
+    Every second period that is bad takes more of it; the two need not follow each other.
+    """
+
+    def __init__(self, options: MigrationOptions, throttle: Callable[[int], None]) -> None:
+        self._options = options
+        self._throttle = throttle
+        self._hits = 0
+        self.percentage = 0
+
+    def judge(self, period: Period) -> None:
+        """A period is over."""
+        if not self._options.capability("auto-converge"):
+            return
+        limit = period.sent * self._options.parameter("throttle-trigger-threshold") / 100
+        if period.dirtied <= limit:
+            return
+        self._hits += 1
+        if self._hits == BAD_PERIODS:
+            self._hits = 0
+            self._set(self._next(limit, period.dirtied))
+
+    def _next(self, limit: float, dirtied: int) -> int:
+        """The percentage that comes after the one there is."""
+        if not self.percentage:
+            wanted: int = self._options.parameter("cpu-throttle-initial")
+            return wanted
+        step = self._options.parameter("cpu-throttle-increment")
+        if self._options.parameter("cpu-throttle-tailslow"):
+            now = 100 - self.percentage
+            step = min(now - int(now * limit / dirtied), step)
+        return int(min(self.percentage + step, self._options.parameter("max-cpu-throttle"), HIGHEST_PERCENTAGE))
+
+    def end(self) -> None:
+        """The migration is over, whatever came of it: the vCPUs have all of their time again."""
+        if self.percentage:
+            self._set(0)
+
+    def _set(self, percentage: int) -> None:
+        self.percentage = percentage
+        self._throttle(percentage)

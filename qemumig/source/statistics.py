@@ -33,6 +33,8 @@ def describe(attempt: Attempt, status: MigrationStatus, downtime_limit_ms: int) 
         else:
             info["expected-downtime"] = _expected_downtime_ms(attempt, downtime_limit_ms)
         info["ram"] = _ram(attempt, status, total_s)
+        if attempt.converge.percentage:
+            info["cpu-throttle-percentage"] = attempt.converge.percentage
         if attempt.ram.cache is not None:
             info["xbzrle-cache"] = _cache(attempt.ram.cache)
     if attempt.error is not None:

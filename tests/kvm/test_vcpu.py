@@ -1,6 +1,7 @@
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -432,6 +433,49 @@ def test_no_kick_is_lost_however_early_it_comes() -> None:
         for _ in range(2000):
             thread.resume()
             pause(thread)
+        thread.stop()
+
+
+def stands_still(recorder: Recorder) -> bool:
+    before = len(recorder.exits)
+    time.sleep(0.02)
+    return len(recorder.exits) == before
+
+
+def test_a_vcpu_that_dozes_stays_out_of_the_guest_until_it_is_paused() -> None:
+    recorder = Recorder()
+    with Program(OUT_FOREVER) as program:
+        thread = VcpuThread(program.vcpu, recorder.handle_exit)
+        thread.start()
+        thread.doze(1000)  # it is parked: nothing to doze
+        for _ in range(3):
+            thread.resume()
+            recorder.seen.clear()
+            assert recorder.seen.wait(WAIT)
+            thread.doze(1000)
+            while not stands_still(recorder):
+                thread.doze(1000)  # one at a time
+            pause(thread)
+        thread.resume()
+        for _ in range(200):
+            thread.doze(0.0001)
+        recorder.seen.clear()
+        assert recorder.seen.wait(WAIT)
+        thread.stop()
+
+
+def test_a_doze_that_was_only_asked_for_is_forgotten_by_a_resume() -> None:
+    recorder = Recorder()
+    with Program(OUT_FOREVER) as program:
+        thread = VcpuThread(program.vcpu, recorder.handle_exit)
+        thread.start()
+        for _ in range(100):
+            thread.resume()
+            thread.doze(1000)
+            pause(thread)
+        thread.resume()
+        recorder.seen.clear()
+        assert recorder.seen.wait(WAIT)
         thread.stop()
 
 

@@ -171,6 +171,7 @@ class FakeMachine:
         self.migration_blockers: list[str] = []
         self.refuses = ""  # why it takes no device state
         self.loads = 0
+        self.throttled: list[int] = []  # every percentage that was asked for
         self.guest = FakeGuest(self) if guest else None
 
     # --- memory
@@ -203,6 +204,9 @@ class FakeMachine:
         self._enter(RunState.RUNNING)
         if self.guest is not None:
             self.guest.run()
+
+    def throttle_vcpus(self, percentage: int) -> None:
+        self.throttled.append(percentage)
 
     def set_runstate(self, state: RunState) -> None:
         self._require_stopped("rename the run state")
