@@ -196,6 +196,17 @@ loadvm_process_command_ping = TRACE.event("loadvm_process_command_ping", "{:#x}"
 migrate_send_rp_message = TRACE.event("migrate_send_rp_message", "{}: len {}")
 vmstate_load = TRACE.event("vmstate_load", "{}, instance_id {}, version_id {}")
 
+# ---- destination: postcopy ----
+
+loadvm_postcopy_handle_advise = TRACE.event("loadvm_postcopy_handle_advise")
+loadvm_postcopy_handle_listen = TRACE.event("loadvm_postcopy_handle_listen")
+loadvm_postcopy_handle_run = TRACE.event("loadvm_postcopy_handle_run")
+loadvm_postcopy_handle_resume = TRACE.event("loadvm_postcopy_handle_resume")
+postcopy_ram_listen_thread_start = TRACE.event("postcopy_ram_listen_thread_start")
+postcopy_ram_listen_thread_exit = TRACE.event("postcopy_ram_listen_thread_exit")
+postcopy_pause_incoming = TRACE.event("postcopy_pause_incoming", "{}")
+postcopy_pause_incoming_continued = TRACE.event("postcopy_pause_incoming_continued")
+
 # ---- channels ----
 
 qio_channel_socket_connect_sync = TRACE.event("qio_channel_socket_connect_sync", "Socket connect sync addr={}")
@@ -209,3 +220,6 @@ qio_channel_socket_listen_complete = TRACE.event(
 qio_channel_socket_accept_complete = TRACE.event(
     "qio_channel_socket_accept_complete", "Socket accept complete addr={} fd={}"
 )
+qio_channel_tls_handshake_start = TRACE.event("qio_channel_tls_handshake_start", "TLS handshake start name={}")
+qio_channel_tls_handshake_complete = TRACE.event("qio_channel_tls_handshake_complete", "TLS handshake complete name={}")
+qio_channel_tls_handshake_fail = TRACE.event("qio_channel_tls_handshake_fail", "TLS handshake fail name={} error={}")

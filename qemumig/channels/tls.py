@@ -21,6 +21,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from .. import trace
 from ..errors import ChannelError, OptionError
 from ..options import MigrationOptions
 from .address import Address, InetAddress
@@ -87,6 +88,7 @@ class Handshake:
         self._check = check
         self._speaks = speaks
         self._enciphered: TlsChannel | None = None
+        trace.qio_channel_tls_handshake_start(channel.name)
 
     @property
     def fd(self) -> int:
@@ -101,10 +103,14 @@ class Handshake:
                     return None
                 self._check(self._connection)
                 self._enciphered = TlsChannel(self._channel, self._connection)
+                trace.qio_channel_tls_handshake_complete(self._channel.name)
             self.events = self._enciphered.is_silent() if self._speaks else 0
         except TlsError as error:
-            raise ChannelError(self._reason(error), channel=self._channel.name) from error
+            reason = self._reason(error)
+            trace.qio_channel_tls_handshake_fail(self._channel.name, reason)
+            raise ChannelError(reason, channel=self._channel.name) from error
         except OSError as error:
+            trace.qio_channel_tls_handshake_fail(self._channel.name, error)
             raise ChannelError(f"TLS handshake failed: {error}", channel=self._channel.name) from error
         return None if self.events else self._enciphered
 

@@ -30,6 +30,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .. import trace
 from ..channels.channel import Channel, QuitEvent, has_hung_up
 from ..channels.connect import Listener
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
@@ -222,6 +223,7 @@ class PostcopyDestination:
                 discard.forget_range(block, 0, block.used_length)
         loader.landing.postcopy_advised = True
         self._phase = Phase.ADVISE
+        trace.loadvm_postcopy_handle_advise()
         if self._options.capability("postcopy-preempt"):
             self._preempt_thread = start_thread("mig/dst/preempt", self._receive_urgent)
 
@@ -268,6 +270,7 @@ class PostcopyDestination:
         with self._changed:
             self._phase = Phase.LISTENING
             self._changed.notify_all()
+        trace.loadvm_postcopy_handle_listen()
         self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.POSTCOPY_DEVICE)
         self._threads = [
             start_thread("mig/dst/fault", self._faults.serve),
@@ -296,6 +299,7 @@ class PostcopyDestination:
 
     def _run(self, offset: int) -> None:
         self._require("POSTCOPY_RUN", offset, Phase.LISTENING)
+        trace.loadvm_postcopy_handle_run()
         with self._changed:
             self._raise_failure()
             self._settled = True
@@ -342,6 +346,7 @@ class PostcopyDestination:
     # ---- `mig/dst/listen`: the main channel after LISTEN ----
 
     def _listen_to_source(self) -> None:
+        trace.postcopy_ram_listen_thread_start()
         try:
             while not self._load_rest():
                 self._await_recovery()
@@ -350,6 +355,8 @@ class PostcopyDestination:
             pass  # the process ends; `finish` says so
         except MigrationError as error:
             self._refuse(error)
+        finally:
+            trace.postcopy_ram_listen_thread_exit()
 
     def _load_rest(self) -> bool:
         """Read until the end: True; False when the connection was lost and can be recovered."""
@@ -391,6 +398,7 @@ class PostcopyDestination:
         self._close_link()
         for status in (MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.POSTCOPY_RECOVER):
             self._states.advance(status, MigrationStatus.POSTCOPY_PAUSED)
+        trace.postcopy_pause_incoming(self.error)
         print(f"migration: postcopy is paused: {self.error}", file=sys.stderr)
         return False
 
@@ -420,6 +428,7 @@ class PostcopyDestination:
                 alarm.close()
                 continue
             self._begin_recovery(channel)
+            trace.postcopy_pause_incoming_continued()
             return
 
     def _begin_recovery(self, channel: Channel) -> None:
@@ -447,6 +456,7 @@ class PostcopyDestination:
             print("migration: POSTCOPY_RESUME outside of a recovery is ignored", file=sys.stderr)
             return
         assert self._faults is not None
+        trace.loadvm_postcopy_handle_resume()
         self.error = None
         self.answers.send(commands.encode_return_message(commands.ResumeAck()))
         self._faults.ask_again()
