@@ -29,7 +29,7 @@ from typing import Any
 
 from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
-from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError
+from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError, StreamError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
@@ -192,8 +192,14 @@ class Attempt:
             channel.share_core()
         self.out = OutputStream(channel)
         if self._wants_return_path(channel):
-            self._return_path = ReturnPath(channel)
+            self._return_path = ReturnPath(channel, self._return_path_has_ended)
             self._return_path.start()
+
+    def _return_path_has_ended(self) -> None:
+        """Who does not answer any more will never have the guest: let nobody wait for room on the way there."""
+        with self._lock:
+            if self._channel is not None and not self._committed:
+                self._channel.shutdown()
 
     def _wants_return_path(self, channel: Channel) -> bool:
         """Whether there is to be one: a default gives way to a transport that has none, a choice does not."""
@@ -440,7 +446,7 @@ class Attempt:
         if path is not None and path.wait(LAST_WORD_S) and path.error is not None:
             if path.error is error:
                 return error
-            reason = str(path.error) if path.verdict is Verdict.REFUSED else reason
+            reason = str(path.error) if isinstance(path.error, StreamError) else reason
         return ChannelError(f"{error}; {reason}", channel=error.channel, errno=error.errno)
 
     def _resume_guest(self) -> None:

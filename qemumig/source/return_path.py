@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .. import trace
@@ -34,11 +35,13 @@ class Verdict(enum.Enum):
 class ReturnPath:
     """Reads the destination's messages until SHUT or the end.
 
-    `verdict`, `approved` and the last PONG's value change under one condition, which wakes everybody who waits.
+    `verdict`, `approved` and the last PONG's value change under one condition, which wakes everybody who waits.  *on_end*
+    is called in the thread, once it has ended.
     """
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, on_end: Callable[[], None] = lambda: None) -> None:
         self._stream = InputStream(channel)
+        self._on_end = on_end
         self._changed = threading.Condition()
         self._ponged: int | None = None
         self.approved = False  # SWITCHOVER_ACK has come
@@ -88,6 +91,7 @@ class ReturnPath:
         with self._changed:
             self.verdict, self.error = verdict, error
             self._changed.notify_all()
+        self._on_end()
         if verdict is Verdict.TAKEN:
             trace.source_return_path_thread_end()
         else:

@@ -240,6 +240,22 @@ def test_a_peer_that_stops_reading_does_not_hold_a_cancel() -> None:
         connection.close()
 
 
+def test_a_tunnel_whose_far_end_is_gone_does_not_hold_the_source() -> None:
+    """It says so backwards, and goes on to take nothing."""
+    with Pair(ram_size=32 << 20) as pair, socket.create_server(("127.0.0.1", 0)) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        pair.link.port = deaf.getsockname()[1]
+        pair.start()
+        connection, _ = deaf.accept()
+        wait_for(lambda: pair.migration.status.value == "active", "the rounds")
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        assert pair.migration.status.value == "failed"
+        assert "the destination closed the connection before it had loaded" in pair.migration.query()["error-desc"]
+        pair.assert_guest_at("source")
+        connection.close()
+
+
 def test_a_source_migrates_again_after_a_failure_and_so_does_the_destination() -> None:
     with Pair(cut=Cut(100000)) as pair:
         pair.migrate()

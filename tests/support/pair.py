@@ -84,8 +84,8 @@ class Link:
         try:
             data = source.recv(self._room(way))
             target.sendall(data)
-        except OSError:
-            data = b""
+        except OSError:  # one end is gone: let the other one know
+            data, self._cut = b"", Cut(0)
         self.passed[way] += len(data)
         if way == 0:
             self.tail = (self.tail + data)[-65536:]
