@@ -65,7 +65,11 @@ class Link:
         if select.select([self._listener, self._wake_read], [], [])[0] != [self._listener]:
             return
         near, _ = self._listener.accept()
-        far = socket.create_connection(("127.0.0.1", self._target_port))
+        try:
+            far = socket.create_connection(("127.0.0.1", self._target_port))
+        except ConnectionError:  # the destination listens no more
+            near.close()
+            return
         self._sockets = [near, far]
         open_ways = {near: (far, 0), far: (near, 1)}
         while open_ways:

@@ -30,8 +30,8 @@ from tests.support.vmm import (
 )
 
 DURATION_S = 0.3  # a migration takes about as long
-MEMORY = 64 << 20
-GUEST = GuestParameters(fill_pages=4096, fill_mode=FILL_HALF_RANDOM, flags=ALL_CHECKS)
+MEMORY = 32 << 20
+GUEST = GuestParameters(fill_pages=1024, fill_mode=FILL_HALF_RANDOM, flags=ALL_CHECKS)
 
 
 @contextmanager

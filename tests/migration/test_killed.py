@@ -1,0 +1,17 @@
+"""One of the two processes of a migration goes away at some moment; `python -m tests.migration.endings` does many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.migration.endings.processes import KINDS
+from tests.migration.endings.run import run_one
+
+pytestmark = pytest.mark.needs("kvm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guest_is_with_whoever_has_it(kind: str, directory: Path) -> None:
+    run_one(kind, 20, 0, directory)
