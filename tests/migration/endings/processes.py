@@ -31,7 +31,7 @@ from tests.support.vmm import (
 
 DURATION_S = 0.3  # a migration takes about as long
 MEMORY = 32 << 20
-GUEST = GuestParameters(fill_pages=1024, fill_mode=FILL_HALF_RANDOM, flags=ALL_CHECKS)
+GUEST = GuestParameters(fill_base=24 << 20, fill_pages=1024, fill_mode=FILL_HALF_RANDOM, flags=ALL_CHECKS)
 
 
 @contextmanager
