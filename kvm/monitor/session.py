@@ -28,7 +28,7 @@ from qemumig.commands.command import Command, CommandError
 
 from .. import trace
 from ..chardev import close_descriptors
-from .json_stream import INCOMPLETE, JsonError, JsonStream
+from .json_stream import INCOMPLETE, JsonError, JsonStream, dump
 
 if TYPE_CHECKING:
     from .qmp import QmpMonitor
@@ -205,7 +205,7 @@ class Session:
             close_descriptors(self._loose)
             self._loose, request.descriptors = request.descriptors, []
         if trace.handle_qmp_command.enabled and request.fault is None:
-            trace.handle_qmp_command(self.monitor.encode(request.value).decode().rstrip())
+            trace.handle_qmp_command(dump(request.value).decode().rstrip())
         response = await self._execute(request)
         if trace.monitor_qmp_respond.enabled:
             trace.monitor_qmp_respond(response.decode().rstrip())

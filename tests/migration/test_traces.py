@@ -76,3 +76,18 @@ def test_every_thread_has_a_name_of_its_own_in_top(stage: Stage) -> None:
     assert comm.read_text() == "mig/src/main\n"
     assert thread_names(source.process.pid).count("origin") == 1
     source.command("migrate_cancel")
+
+
+def test_what_a_monitor_is_asked_and_answers_is_a_line_each(stage: Stage) -> None:
+    trace = stage.directory / "trace"
+    options = ("-trace", f"enable=*qmp_*,file={trace}", "-trace", "handle_hmp_command")
+    source = stage.vmm("source", qemumig_system(), guest=GuestParameters(), unlimited=False, extra=options)
+    source.command("human-monitor-command", command_line="info name")
+    source.command("trace-event-set-state", name="*", enable=False)
+    assert names(trace, "handle_hmp") == ["handle_hmp_command cmdline: info name"]
+    assert names(trace, "handle_qmp_command")[1:] == [
+        'handle_qmp_command req: {"execute": "human-monitor-command", "arguments": {"command-line": "info name"}}',
+        'handle_qmp_command req: {"execute": "trace-event-set-state", "arguments": {"name": "*", "enable": false}}',
+    ]
+    answers = ['{"return": {}}', '{"return": ""}']
+    assert names(trace, "monitor_qmp_respond") == [f"monitor_qmp_respond resp: {answer}" for answer in answers]
