@@ -2,7 +2,8 @@
 
     -blockdev driver=file,node-name=d0,filename=F[,…]     a node; driver=raw,node-name=r0,file=d0 a second name for it
     -drive if=none,id=d0,file=F,format=raw[,…]            a drive
-    -device virtio-blk-device,drive=d0[,bus=…]            what uses one of them
+    -device virtio-blk-device,drive=d0[,bus=…]            what uses one of them; on a PC -device ide-hd,drive=d0
+    -drive file=F[,if=ide][,index=N]                      on a PC a drive and its disk at once
 
 All nodes and drives are there before the first device is looked at, whatever the order of the options.  Messages are
 QEMU's; whoever calls puts the option's name in front of those that want it.
@@ -16,12 +17,19 @@ from dataclasses import dataclass, replace
 
 from .block import BlockError, RawImage
 from .config import VIRTIO_MMIO_SLOTS, DiskConfig
-from .keyval import IDENTIFIER, UsageError, choice, identifier, split, switch
+from .from_text import block_pairs
+from .keyval import IDENTIFIER, UsageError, choice, identifier, integer, split, switch
 
 Pairs = dict[str, str | None]
 
-DEVICE = "virtio-blk-device"
-_DEVICE_KEYS = ("driver", "drive", "bus", "id", "werror", "rerror", "serial", "write-cache", "share-rw")
+VIRTIO, IDE = "virtio-blk-device", "ide-hd"
+_COMMON_KEYS = ("driver", "drive", "bus", "id", "werror", "rerror", "serial", "write-cache", "share-rw")
+_DEVICE_KEYS = {
+    VIRTIO: _COMMON_KEYS,
+    # Geometry and the like is for the guest's drivers, and there is no controller for them: it is taken and not used.
+    IDE: (*_COMMON_KEYS, "unit", "bootindex", "secs", "cyls", "heads", "bios-chs-trans", "model", "ver", "wwn"),
+}
+IDE_PLACES = 4
 _ERROR_ACTIONS = ("report", "ignore", "enospc", "stop", "auto")
 _SWITCHES = ("on", "off", "auto")
 _CACHE_MODES = {  # of -drive: direct, flushes, writeback
@@ -34,8 +42,11 @@ _CACHE_MODES = {  # of -drive: direct, flushes, writeback
 }
 _FILE_KEYS = ("filename", "locking", "aio")
 _NODE_KEYS = ("node-name", "read-only", "discard", "cache.direct", "cache.no-flush", "detect-zeroes", "auto-read-only")
-_DRIVE_KEYS = ("if", "id", "file", "format", "readonly", "read-only", "cache", "discard", "werror", "rerror")
-_BUS = re.compile(r"virtio-mmio-bus\.([0-9]+)")
+_DRIVE_KEYS = (
+    *("if", "id", "file", "format", "readonly", "read-only", "cache", "discard", "werror", "rerror"),
+    *("index", "media", "aio", "copy-on-read", "detect-zeroes"),
+)
+_BUS = {VIRTIO: re.compile(r"virtio-mmio-bus\.([0-9]+)"), IDE: re.compile(r"ide\.([0-9])")}
 
 
 @dataclass(frozen=True)
@@ -53,17 +64,21 @@ class Drive:
 class Disks:
     """All nodes, drives and disks of a command line, in its order; `close` closes every image.
 
-    The machine has *slots* places for virtio-blk disks.
+    The machine has *slots* places for disks of the one *kind* that it takes.
     """
 
-    def __init__(self, warn: Callable[[str], None], slots: int = VIRTIO_MMIO_SLOTS) -> None:
+    def __init__(self, warn: Callable[[str], None], slots: int = VIRTIO_MMIO_SLOTS, kind: str = VIRTIO) -> None:
         self._warn = warn
         self._slots = slots
+        self._kind = kind
         self._drives: dict[str, Drive] = {}
         self._images: list[RawImage] = []
         self._users: dict[int, str] = {}  # id of an image's object → the device on it
         self._device_ids: set[str] = set()
         self.disks: list[DiskConfig] = []
+        # For who describes them: a -drive with an id for each drive, a -device for each disk, in the order of `disks`.
+        self.drive_texts: list[str] = []
+        self.device_texts: list[str] = []
 
     def close(self) -> None:
         """Close the images; no machine uses them any more."""
@@ -114,7 +129,16 @@ class Disks:
     def add_drive(self, text: str) -> None:
         """`-drive`."""
         pairs: Pairs = dict(split(text, "file"))
-        name = self._drive_name(pairs)
+        interface = self._interface(pairs)
+        place = self._ide_place(pairs) if interface == "ide" else None
+        name = self._drive_name(pairs, place)
+        self.drive_texts.append(text if "id" in pairs else f"{text},id={name}")
+        self._drives[name] = self._open_drive(name, pairs)
+        if place is not None:
+            self._attach(IDE, self._drives[name], place, {"driver": IDE, "drive": name})
+            self.device_texts.append(f"{IDE},drive={name}")
+
+    def _open_drive(self, name: str, pairs: Pairs) -> Drive:
         format_ = pairs.get("format")
         if format_ not in (None, "raw"):
             raise UsageError(f"Unknown driver '{format_}'")
@@ -126,29 +150,49 @@ class Disks:
                 raise UsageError(f"Block protocol 'file' doesn't support the option '{key.removeprefix('file.')}'")
             if not key.startswith("file.") and key not in _DRIVE_KEYS:
                 raise UsageError(f"Block format 'raw' does not support the option '{key}'")
+        choice("media", pairs.get("media", "disk"), ("disk",))
         mode = pairs.get("cache", "writeback")
         if mode not in _CACHE_MODES:
             raise UsageError("invalid cache option")
         direct, flushes, writeback = _CACHE_MODES[mode]
         options: Pairs = {"read-only": pairs.get("readonly", pairs.get("read-only", "off"))}
-        options |= {key: value for key, value in pairs.items() if key == "discard"}
+        options |= {key: value for key, value in pairs.items() if key in ("discard", "aio", "detect-zeroes")}
         options |= {key.removeprefix("file."): value for key, value in pairs.items() if key.startswith("file.")}
         on_read_error = _drive_action("read", pairs.get("rerror"))
         on_write_error = _drive_action("write", pairs.get("werror"))
         image = self._open(path, **{**_file_options(options), "direct": direct, "flushes": flushes})
-        self._drives[name] = Drive(name, image, False, on_read_error, on_write_error, writeback)
         if format_ is None:
             self._warn(f"WARNING: no format was given for '{path}', it is taken as raw; format=raw says so")
+        return Drive(name, image, False, on_read_error, on_write_error, writeback)
 
-    def _drive_name(self, pairs: Pairs) -> str:
-        interface = pairs.get("if", "none")
-        if interface != "none":
-            if interface in ("ide", "scsi", "virtio", "floppy", "pflash", "mtd", "sd"):
-                raise UsageError(f"machine type does not support if={interface} here; if=none and a -device do")
+    def _interface(self, pairs: Pairs) -> str:
+        """What a drive hangs on by itself: "ide", or "none" when a -device is to use it."""
+        interface = pairs.get("if", "ide" if self._kind == IDE else "none") or ""
+        if interface not in ("none", "ide", "scsi", "virtio", "floppy", "pflash", "mtd", "sd", "xen"):
             raise UsageError(f"unsupported bus type '{interface}'")
-        if "id" not in pairs:
+        if interface != "none" and (interface, self._kind) != ("ide", IDE):
+            raise UsageError(f"machine type does not support if={interface} here; if=none and a -device do")
+        return interface
+
+    def _ide_place(self, pairs: Pairs) -> int:
+        """Where a drive that is a disk at once goes: by its index, or the first free place."""
+        taken = {disk.slot for disk in self.disks}
+        if "index" not in pairs:
+            free = set(range(self._slots)) - taken
+            if not free:
+                raise UsageError(f"machine type does not support if=ide,bus={self._slots // 2},unit=0")
+            return min(free)
+        index = integer("index", pairs["index"])
+        if not 0 <= index < self._slots:
+            raise UsageError(f"machine type does not support if=ide,bus={index // 2},unit={index % 2}")
+        if index in taken:
+            raise UsageError(f"drive with bus={index // 2}, unit={index % 2} (index={index}) exists")
+        return index
+
+    def _drive_name(self, pairs: Pairs, place: int | None) -> str:
+        if "id" not in pairs and place is None:
             raise UsageError("a drive that a -device shall use needs an id")
-        name = identifier("id", pairs["id"])
+        name = identifier("id", pairs.get("id", f"ide{(place or 0) // 2}-hd{(place or 0) % 2}"))
         if name in self._drives:
             raise UsageError(f"Duplicate ID '{name}' for drive")
         return name
@@ -163,23 +207,33 @@ class Disks:
 
     # -- devices
 
-    def add_device(self, pairs: Pairs) -> None:
-        """`-device`."""
-        if not pairs.get("driver"):
+    def add_device(self, text: str) -> None:
+        """`-device` with a disk."""
+        pairs = block_pairs(text, "driver")
+        kind = pairs.get("driver")
+        if not kind:
             raise UsageError("Parameter 'driver' is missing")
-        if pairs["driver"] != DEVICE:
-            raise UsageError(f"'{pairs['driver']}' is not a valid device model name")
+        if kind not in _DEVICE_KEYS:
+            raise UsageError(f"'{kind}' is not a valid device model name")
+        if kind != self._kind:
+            raise UsageError(f"No '{'IDE' if kind == IDE else 'virtio-bus'}' bus found for device '{kind}'")
         if "id" in pairs:
             self._take_id(identifier("id", pairs["id"]))
-        slot = self._slot(pairs.get("bus"))
+        slot = self._slot(kind, pairs)
         for key in pairs:
-            if key not in _DEVICE_KEYS:
-                raise UsageError(f"Property '{DEVICE}.{key}' not found")
+            if key not in _DEVICE_KEYS[kind]:
+                raise UsageError(f"Property '{kind}.{key}' not found")
         if "drive" not in pairs:
-            raise UsageError("drive property not set")
+            raise UsageError("No drive specified" if kind == IDE else "drive property not set")
         drive = self._drives.get(pairs["drive"] or "")
         if drive is None:
-            raise UsageError(f"Property '{DEVICE}.drive' can't find value '{pairs['drive'] or ''}'")
+            raise UsageError(f"Property '{kind}.drive' can't find value '{pairs['drive'] or ''}'")
+        if kind == IDE and drive.image.read_only:
+            raise UsageError("Block node is read-only")
+        self._attach(kind, drive, slot, pairs)
+        self.device_texts.append(text)
+
+    def _attach(self, kind: str, drive: Drive, slot: int, pairs: Pairs) -> None:
         self._take_image(drive)
         self.disks.append(
             DiskConfig(
@@ -190,6 +244,7 @@ class Disks:
                 _device_action("werror", pairs, drive.on_write_error, "enospc"),
                 _device_switch("write-cache", pairs, drive.writeback),
                 pairs.get("serial") or "",
+                kind,
             )
         )
         _device_switch("share-rw", pairs, False)
@@ -199,15 +254,15 @@ class Disks:
             raise UsageError(f"Duplicate ID '{name}' for device")
         self._device_ids.add(name)
 
-    def _slot(self, bus: str | None) -> int:
-        """The slot that *bus* names, or the last free one."""
-        taken = {disk.slot for disk in self.disks}
+    def _slot(self, kind: str, pairs: Pairs) -> int:
+        """The slot that `bus` names, or a free one: of virtio-mmio the last, as in QEMU, of IDE the first."""
+        bus, taken = pairs.get("bus"), {disk.slot for disk in self.disks}
         if bus is None:
             free = set(range(self._slots)) - taken
             if not free:
-                raise UsageError(f"No 'virtio-bus' bus found for device '{DEVICE}'")
-            return max(free)
-        match = _BUS.fullmatch(bus)
+                raise UsageError(f"No '{'IDE' if kind == IDE else 'virtio-bus'}' bus found for device '{kind}'")
+            return min(free) if kind == IDE else max(free)
+        match = _BUS[kind].fullmatch(bus)
         if match is None or int(match[1]) >= self._slots:
             raise UsageError(f"Bus '{bus}' not found")
         if int(match[1]) in taken:

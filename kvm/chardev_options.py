@@ -20,6 +20,7 @@ from .chardev import (
     UnixBackend,
 )
 from .keyval import UsageError, identifier, integer, split, switch, unique
+from .mux import Mux
 
 SOCKET_KEYS = ("server", "wait")
 # Known to QEMU, not here: accepted only where they ask for nothing.
@@ -41,6 +42,7 @@ CHARDEV_KEYS = {
     "pipe": ("path",),
     "socket": ("path", "host", "port", "fd", "nodelay", *SOCKET_KEYS, *MISSING_SOCKET_KEYS),
 }
+NO_DRIVER = "is not a valid char driver"
 COMMON_KEYS = ("id", "mux", "logfile")
 
 Pairs = list[tuple[str, str | None]]
@@ -68,9 +70,9 @@ def from_device(text: str, label: str) -> CharBackend:
             raise UsageError(f"'{rest}' names no port: tcp:HOST:PORT is expected")
         keys = unique(pairs, (*SOCKET_KEYS, "nodelay", *MISSING_SOCKET_KEYS))
         return _socket(label, {"host": host.strip("[]"), "port": port, **keys})
-    if kind == "mon" or kind in MISSING_KINDS:
+    if kind in MISSING_KINDS:
         raise UsageError(f"character device '{kind}' is not available")
-    raise UsageError(f"'{text}' is not a valid char driver")
+    raise UsageError(f"'{text}' {NO_DRIVER}")
 
 
 def from_chardev(text: str, warn: Callable[[str], None]) -> CharBackend:
@@ -140,9 +142,12 @@ def _socket(label: str, keys: dict[str, str | None]) -> CharBackend:
 class CharDevices:
     """The character devices of one process, by label."""
 
-    def __init__(self, say: Callable[[str], None], daemonize: bool = False) -> None:
+    def __init__(self, say: Callable[[str], None], daemonize: bool = False, end: Callable[[], None] = lambda: None) -> None:
+        """*end*: what somebody wants who types Ctrl-A x."""
         self._say = say
         self._daemonize = daemonize
+        self._end = end
+        self.for_people: list[CharBackend] = []  # monitors that came with "mon:"
         self._devices: dict[str, CharBackend] = {}
 
     def __iter__(self) -> Iterator[CharBackend]:
@@ -158,12 +163,21 @@ class CharDevices:
         try:
             if text.startswith("chardev:"):
                 return self.claim(text.removeprefix("chardev:"))
+            if text.startswith("mon:"):
+                return self._share(text.removeprefix("mon:"), label, named)
             backend = self._open(from_device(text, label), named)
             backend.in_use = True
             return backend
         except UsageError as error:
             lines = (*error.messages, consequence) if consequence else error.messages
             raise UsageError(*lines, hints=error.hints).during(named) from error
+
+    def _share(self, text: str, label: str, option: str) -> CharBackend:
+        """A back end for a device and a monitor; the device's side of it."""
+        mux = Mux(self._open(from_device(text, f"{label}-base"), option), self._end)
+        front = self._devices[label] = mux.front(label)
+        self.for_people.append(mux.front(f"{label}-monitor"))
+        return front
 
     def add_chardev(self, text: str) -> None:
         """Make and open what `-chardev` *text* asks for."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .machine_types import MICROVM, MachineType
+
 if TYPE_CHECKING:
     from .block import RawImage
     from .chardev import CharBackend
@@ -43,7 +45,7 @@ class Chipset:
 
 @dataclass(frozen=True)
 class DiskConfig:
-    """A virtio-blk disk; *slot* counts virtio-mmio slots from 0, error actions are as -device says them."""
+    """A disk; *slot* counts its kind's places from 0, error actions are as -device says them."""
 
     name: str  # of the block node or drive
     image: RawImage
@@ -52,16 +54,27 @@ class DiskConfig:
     on_write_error: str = "enospc"
     writeback: bool = True
     serial: str = ""
+    kind: str = "virtio-blk-device"  # or "ide-hd"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that are put at *address* at each reset (-device loader)."""
+
+    address: int
+    data: bytes
 
 
 @dataclass
 class MachineConfig:
-    """A microvm in plain words; sizes in bytes."""
+    """A machine in plain words; sizes in bytes."""
 
+    machine_type: MachineType = MICROVM
     ram_size: int = 128 << 20
     cpus: int = 1
     max_cpus: int = 1
-    bios: str = ""  # path of the firmware image, a multiple of 64 KiB long
+    runs_guest: bool = True  # False: vCPUs never run
+    bios: str = ""  # path of the firmware image, a multiple of 64 KiB long; "" for a PC's own
     cpu_model: str = "qemu64"
     cpu_features: dict[str, bool] = field(default_factory=dict)  # "pni": False, …
     ram_backend: HostMemory | None = None  # from -object memory-backend-*; None: anonymous memory of ram_size
@@ -71,6 +84,8 @@ class MachineConfig:
     isa_serial: bool = True
     serial: CharBackend | None = None  # back end of the serial port
     disks: list[DiskConfig] = field(default_factory=list)
+    blobs: list[Blob] = field(default_factory=list)
+    entry_points: dict[int, int] = field(default_factory=dict)  # vCPU → its instruction pointer after a reset
     legacy_virtio: bool = True  # virtio-mmio slots are of version 1
     vapic: bool = True  # the kvm-tpr-opt section exists
     uuid: bytes | None = None  # 16 bytes

@@ -16,6 +16,7 @@ class Diagnostics:
 
     program: str = os.path.basename(sys.argv[0])
     timestamps: bool = False  # -msg timestamp=on
+    guest: str = ""  # its name goes in front; -msg guest-name=on
 
     def say(self, text: str) -> None:
         """Print "PROG: *text*"."""
@@ -37,6 +38,8 @@ class Diagnostics:
         self._print(line, stamped=False)
 
     def _print(self, line: str, stamped: bool = True) -> None:
+        if self.guest and stamped:
+            line = f"{self.guest} {line}"
         if self.timestamps and stamped:
             now = datetime.now(UTC)
             line = f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {line}"

@@ -6,11 +6,15 @@
         │                    │ a vCPU cannot go on               ▼
         └─▶ paused, …        └──▶ internal-error             postmigrate, …   ─── start ──▶ running
 
+    running ── the guest asks for it ──▶ suspended ── wake ──▶ running, from the reset vector     a PC only
+                                             ▲ └ stop ▶ paused ┐
+                                             └───── start ─────┘
+
     vCPU thread ─ exit ─▶ port or memory bus ─▶ device
                 └ what stops everybody (reset, failure) ─▶ `vm/control`, for a vCPU cannot wait for itself
 
 A guest that resets itself (by a triple fault, or the event device's register) is reset by `vm/control`; when a stop comes
-first, the stop does it, so that a half-reset guest is never saved.
+first, the stop does it, so that a half-reset guest is never saved.  A guest that suspends itself is stopped likewise.
 
 Threads   `stop`, `start`, `reset`, save and load: any thread but a vCPU's, one at a time (the transition lock).  Handling
           an exit never takes that lock, so whoever holds it may wait for vCPUs.  `vm/control` is started and joined here,
@@ -37,9 +41,10 @@ from . import trace
 from .boot import load_firmware
 from .config import MachineConfig
 from .cpuid import CpuModel, host_brand
+from .devices import pc
 from .devices.blobs import LogWithBlobs
 from .devices.board import Board, BoardEvents
-from .devices.bus import Bus
+from .devices.irqchip import InputPins
 from .devices.memory import GuestMemory
 from .devices.processor import Processor
 from .devices.virtio_blk import DiskEvents
@@ -47,20 +52,16 @@ from .diagnostics import Diagnostics
 from .dirty import MachineDirtyLog
 from .dirty_log import DirtyLog
 from .errors import KvmError
+from .exits import access_memory, access_ports, describe
 from .memory import HostMemory
+from .paging import ControlRegisters
+from .physical import PhysicalView
+from .runstates import IN_TRANSIT, require_next, require_rename
 from .state.host import HostState
 from .structs import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from .system import Kvm
 from .throttle import Throttle
-from .vcpu import (
-    Exit,
-    FailEntryExit,
-    InternalErrorExit,
-    IoExit,
-    MmioExit,
-    ShutdownExit,
-    SystemEventExit,
-)
+from .vcpu import Exit, IoExit, MmioExit, ShutdownExit, SystemEventExit
 
 IDENTITY_MAP_ADDRESS = 0xFEFFC000
 TSS_ADDRESS = 0xFEFFD000
@@ -68,22 +69,9 @@ PAGE_SIZE = 4096
 
 Emit = Callable[[str, dict | None], None]
 
-_STOPPED = frozenset(RunState) - {RunState.RUNNING, RunState.INMIGRATE, RunState.PRECONFIG}
-_IN_TRANSIT = frozenset({RunState.INMIGRATE, RunState.FINISH_MIGRATE, RunState.SAVE_VM, RunState.RESTORE_VM})
-_DEAD = frozenset({RunState.INTERNAL_ERROR, RunState.SHUTDOWN, RunState.GUEST_PANICKED})
-
-# Where each run state may lead; the same state again is always allowed.
-NEXT: dict[RunState, frozenset[RunState]] = {
-    RunState.RUNNING: _STOPPED - {RunState.PRELAUNCH, RunState.POSTMIGRATE},
-    RunState.INMIGRATE: frozenset(RunState) - {RunState.PRECONFIG},
-    **{state: _STOPPED | {RunState.RUNNING} for state in _STOPPED - _DEAD},
-    # Only a reset leads back into life.
-    **{state: frozenset({RunState.PRELAUNCH, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE}) for state in _DEAD},
-}
-
 
 class MicroVM:
-    """A microvm of *config*; *emit* is told of events by their QMP names, from any thread.
+    """A microvm, or a minimal PC, of *config*; *emit* is told of events by their QMP names, from any thread.
 
     Made stopped: `prelaunch`, or `inmigrate` with empty memory when the configuration says incoming.  Raises KvmError,
     FirmwareError, CpuModelError, MachineError; nothing is left behind then.
@@ -92,10 +80,9 @@ class MicroVM:
     reboots         False: a guest that resets itself is shut down instead
     """
 
-    machine_type = "microvm"
-
     def __init__(self, config: MachineConfig, emit: Emit, warn: Callable[[str], None] | None = None) -> None:
         # Set before any thread starts.
+        self.machine_type = config.machine_type.wire_name
         self.uuid = config.uuid
         self.on_shutdown: Callable[[bool, str], None] | None = None
         self.reboots = True
@@ -103,13 +90,15 @@ class MicroVM:
         self._config = config
         self._emit = emit
         self._warn = warn or Diagnostics().say
-        self._firmware = load_firmware(config.bios)
+        own = config.machine_type.is_pc and not config.bios
+        self._firmware = pc.firmware() if own else load_firmware(config.bios)
         self._closers = ExitStack()
         # Under the transition lock; the run state is read without it.
         self._transition = threading.RLock()
         self._runstate = RunState.INMIGRATE if config.incoming else RunState.PRELAUNCH
         # Set by vCPU threads, cleared under the transition lock.
         self._guest_wants_reset = False
+        self._guest_wants_suspend = False
         self._failure: str | None = None
         # To `vm/control`.
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -139,15 +128,18 @@ class MicroVM:
 
         ram = config.ram_backend or HostMemory.anonymous(-(-config.ram_size // PAGE_SIZE) * PAGE_SIZE)
         memory_closer.callback(ram.close)
-        self._memory = GuestMemory(self._vm, ram, config.ram_idstr, len(self._firmware))
+        low = config.machine_type.low_memory(ram.size)
+        self._memory = GuestMemory(self._vm, ram, config.ram_idstr, len(self._firmware), low)
         memory_closer.callback(self._memory.close)
         events = BoardEvents(
             disks=DiskEvents(self._emit, self._stop_for_disk),
             power_off=lambda: self.request_shutdown(True, "guest-shutdown"),
+            suspend=self._want_suspend,
             reset=self._want_guest_reset,
             failed=lambda error: self._fail("a timer", f"{type(error).__name__}: {error}"),
         )
         self._board = Board(self._vm, config, self._memory, events, self._warn)
+        self.physical = PhysicalView(self._memory, self._board.mmio, self._board.ports)
         closers.callback(self._board.close)
         self._log_ram(log)
         if not config.incoming:
@@ -210,45 +202,72 @@ class MicroVM:
         Event STOP, once for each time the machine ran.  StateError when the state cannot follow.
         """
         with self._transition:
-            self._require_next(state)
+            require_next(self._runstate, state)
             if not self.running or state is RunState.RUNNING:
+                was_suspended = self._runstate is RunState.SUSPENDED
                 self._enter(state)
+                if was_suspended and state is not RunState.SUSPENDED:
+                    self._emit("STOP", None)
                 return
-            self._pause()
-            self._carry_out_guest_reset()
-            with _kvm_refusals("stopping the machine"):
-                self._board.stop()
-            for processor in self._processors:
-                processor.note_stop()
+            self._hold()
             self._enter(state)
             self._emit("STOP", None)
+
+    def _hold(self) -> None:
+        """Let nothing run any more, and carry out what the guest had asked for."""
+        self._pause()
+        self._carry_out_guest_reset()
+        with _kvm_refusals("stopping the machine"):
+            self._board.stop()
+        for processor in self._processors:
+            processor.note_stop()
+        if self._guest_wants_suspend:
+            self._guest_wants_suspend = False
+            self._board.asleep = True
 
     def start(self) -> None:
         """Let the vCPUs run; event RESUME.  Nothing happens when they do already."""
         with self._transition:
             if self.running:
                 return
-            self._require_next(RunState.RUNNING)
+            require_next(self._runstate, RunState.RUNNING)
             if self._failure is not None:
                 raise MachineError(f"the machine has failed and has to be reset first: {self._failure}")
             self._board.claim_disks()
-            with _kvm_refusals("starting the machine"):
-                self._board.start()
-            for processor in self._processors:
-                processor.note_start()
-            self._enter(RunState.RUNNING)
+            if self._board.asleep:
+                if self._runstate is not RunState.SUSPENDED:
+                    self._enter(RunState.SUSPENDED)
+                    self._emit("RESUME", None)
+                return
+            self._let_go()
             self._emit("RESUME", None)
+            self._resume()
+
+    def _let_go(self) -> None:
+        """Everything is about to run."""
+        with _kvm_refusals("starting the machine"):
+            self._board.start()
+        for processor in self._processors:
+            processor.note_start()
+        self._enter(RunState.RUNNING)
+
+    def wake(self) -> None:
+        """Wake a guest that has suspended itself, at the reset vector; event WAKEUP.  StateError for any other."""
+        with self._transition:
+            if self._runstate is not RunState.SUSPENDED:
+                text = "Unable to wake up: guest is not in suspended state"
+                raise StateError(text, state=self._runstate, required=RunState.SUSPENDED)
+            with _kvm_refusals("waking the machine"):
+                self._board.wake(self._firmware)
+            self._reset_processors()
+            self._let_go()
+            self._emit("WAKEUP", None)
             self._resume()
 
     def set_runstate(self, state: RunState) -> None:
         """Rename the state of a machine that is stopped."""
         with self._transition:
-            if self.running or state is RunState.RUNNING:
-                raise StateError(
-                    f"the machine is {self._runstate.value}, only a stopped one can be called {state.value}",
-                    state=self._runstate,
-                    required=state,
-                )
+            require_rename(self._runstate, state)
             self._enter(state)
 
     def reset(self) -> None:
@@ -260,7 +279,7 @@ class MicroVM:
                 self._resume()
             else:
                 self._reset_everything()
-                if self._runstate not in _IN_TRANSIT:
+                if self._runstate not in IN_TRANSIT:
                     self._enter(RunState.PRELAUNCH)
 
     def request_shutdown(self, guest: bool, reason: str) -> None:
@@ -271,17 +290,26 @@ class MicroVM:
         """Ask the guest to end, as somebody at the machine would; False when there is no ACPI to ask it by.  Any thread."""
         return self._board.press_power_button()
 
-    def _require_next(self, state: RunState) -> None:
-        if state is not self._runstate and state not in NEXT.get(self._runstate, ()):
-            raise StateError(
-                f"the machine is {self._runstate.value} and cannot become {state.value}",
-                state=self._runstate,
-                required=state,
-            )
+    def control_registers(self, cpu: int) -> ControlRegisters:
+        """What translates virtual addresses of vCPU *cpu*; a running machine stands still for the moment."""
+        with self._transition:
+            if self.running:
+                self._pause()
+            try:
+                sregs = self._processors[cpu].vcpu.get_sregs()
+            finally:
+                if self.running:
+                    self._resume()
+        return ControlRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+
+    @property
+    def pins(self) -> InputPins:
+        """The input pins of the first I/O APIC."""
+        return self._board.pins
 
     def _enter(self, state: RunState) -> None:
         """The one place where the run state changes."""
-        self._require_next(state)
+        require_next(self._runstate, state)
         if state is RunState.FINISH_MIGRATE:
             self._board.release_disks()
         trace.runstate_set(self._runstate.value, state.value)
@@ -297,6 +325,8 @@ class MicroVM:
             processor.thread.wait_paused()
 
     def _resume(self) -> None:
+        if not self._config.runs_guest:
+            return
         for processor in self._processors:
             processor.thread.resume()
 
@@ -305,12 +335,15 @@ class MicroVM:
         self._throttle.set(percentage)
 
     def _reset_everything(self) -> None:
-        self._guest_wants_reset = False
+        self._guest_wants_reset = self._guest_wants_suspend = False
         self._failure = None
         with _kvm_refusals("resetting the machine"):
             self._board.reset(self._firmware)
+        self._reset_processors()
+
+    def _reset_processors(self) -> None:
         for processor in self._processors:
-            processor.reset()
+            processor.reset(self._config.entry_points.get(processor.index))
 
     def _carry_out_guest_reset(self) -> None:
         """Reset if the guest wanted it; no vCPU runs."""
@@ -327,9 +360,9 @@ class MicroVM:
     def _handle_exit(self, processor: Processor, exit: Exit) -> None:
         kind = type(exit)
         if kind is IoExit:
-            _access_ports(self._board.ports, exit)  # type: ignore[arg-type]
+            access_ports(self._board.ports, exit)  # type: ignore[arg-type]
         elif kind is MmioExit:
-            _access_memory(self._board.mmio, exit)  # type: ignore[arg-type]
+            access_memory(self._board.mmio, exit)  # type: ignore[arg-type]
         else:
             self._handle_rare_exit(processor, exit)
 
@@ -341,7 +374,7 @@ class MicroVM:
         elif isinstance(exit, SystemEventExit) and exit.type == KVM_SYSTEM_EVENT_SHUTDOWN:
             self.request_shutdown(True, "guest-shutdown")
         else:
-            self._fail(f"vCPU {processor.index}", f"{_describe(exit)} at RIP {processor.vcpu.get_regs().rip:#x}")
+            self._fail(f"vCPU {processor.index}", f"{describe(exit)} at RIP {processor.vcpu.get_regs().rip:#x}")
 
     def _on_thread_error(self, processor: Processor, error: BaseException) -> None:
         self._fail(f"vCPU {processor.index}", f"{type(error).__name__}: {error}")
@@ -349,6 +382,13 @@ class MicroVM:
     def _want_guest_reset(self) -> None:
         self._guest_wants_reset = True
         self._work.put(self._reset_for_guest)
+
+    def _want_suspend(self) -> None:
+        """A vCPU is in the middle of it: none of them shall get far."""
+        self._guest_wants_suspend = True
+        for processor in self._processors:
+            processor.thread.request_pause()
+        self._work.put(self._suspend_for_guest)
 
     def _fail(self, who: str, what: str) -> None:
         self._failure = f"{who}: {what}"
@@ -379,6 +419,14 @@ class MicroVM:
             self._pause()
             self._carry_out_guest_reset()
             self._resume()
+
+    def _suspend_for_guest(self) -> None:
+        with self._transition:
+            if not (self._guest_wants_suspend and self.running):
+                return  # a stop, or a reset, was first
+            self._hold()
+            self._enter(RunState.SUSPENDED)
+            self._emit("SUSPEND", None)
 
     def _stop_after_failure(self) -> None:
         with self._transition:
@@ -480,33 +528,6 @@ class MicroVM:
             if wanted == (processor.cpu_section.idstr, processor.index):
                 return 2, processor.load_cpu
         raise MachineError(f"this machine has no section {section.idstr!r} instance {section.instance_id}")
-
-
-def _access_ports(ports: Bus, exit: IoExit) -> None:
-    """One port instruction, which may move several items (INS and OUTS)."""
-    size, data = exit.size, exit.data
-    for start in range(0, size * exit.count, size):
-        item = data[start : start + size]
-        if exit.is_write:
-            ports.write(exit.port, size, int.from_bytes(item, "little"))
-        else:
-            item[:] = ports.read(exit.port, size).to_bytes(size, "little")
-
-
-def _access_memory(mmio: Bus, exit: MmioExit) -> None:
-    if exit.is_write:
-        mmio.write(exit.address, exit.size, int.from_bytes(exit.data, "little"))
-    else:
-        exit.data[:] = mmio.read(exit.address, exit.size).to_bytes(exit.size, "little")
-
-
-def _describe(exit: Exit) -> str:
-    if isinstance(exit, FailEntryExit):
-        return f"the processor refused to enter the guest (hardware reason {exit.reason:#x})"
-    if isinstance(exit, InternalErrorExit):
-        data = " ".join(f"{word:#x}" for word in exit.data)
-        return f"KVM internal error, suberror {exit.suberror}, data [{data}]"
-    return f"unexpected exit {exit}"
 
 
 @contextmanager

@@ -15,15 +15,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from qemumig.commands.command import CommandError
 from qemumig.errors import MigrationError
 from qemumig.threads import NAME_BYTES, take_name, workers
 
 from . import trace
-from .block_options import Disks
+from .arguments import Arguments, HelpRequested
+from .assembly import Assembly
 from .boot import FirmwareError
 from .chardev_options import CharDevices
 from .config import MachineConfig
@@ -33,11 +33,12 @@ from .keyval import UsageError
 from .monitor.commands import MachineCommands
 from .monitor.events import EventHub
 from .monitor.fdsets import FdSets
-from .monitor.qmp import QmpMonitor, session_commands, take_fd
+from .monitor.front_doors import FrontDoors
+from .monitor.qmp import session_commands, take_fd
 from .monitor.registry import Registry
 from .monitor.yank import Yank
-from .options import Arguments, BackendRequest, HelpRequested, MonitorRequest, block_pairs, parse
-from .process import Background, PidFile
+from .options import parse
+from .process import Background, PidFile, confine, end_with_parent
 from .signals import SignalWatcher, describe
 from .trace_options import start_tracing
 
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
     from qemumig.commands.command import Command
     from qemumig.commands.qmp import MigrationCommands
 
+    from .chardev import CharBackend
+    from .empty_machine import EmptyMachine
     from .machine import MicroVM
+
+    AnyMachine = MicroVM | EmptyMachine
 
 SWITCH_INTERVAL_S = 0.0005  # a vCPU that comes out of the guest needs the interpreter lock within a millisecond
 
@@ -61,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         diagnostics.error(error)
         return 1
+    if arguments.run_with.exit_with_parent:
+        end_with_parent()
     diagnostics.timestamps = arguments.timestamps
+    diagnostics.guest = (arguments.name or "") if arguments.names_guest else ""
     for warning in arguments.warnings:
         diagnostics.say(warning)
     if not start_tracing(trace.TRACE, arguments.traces, diagnostics):
@@ -94,8 +102,8 @@ class Program:
         self._hub = EventHub()
         self._registry = Registry()
         self._fdsets = FdSets()
-        self._devices = CharDevices(diagnostics.say, arguments.daemonize)
-        self._monitors: list[QmpMonitor] = []
+        self._devices = CharDevices(diagnostics.say, arguments.daemonize, self._end)
+        self._doors = FrontDoors(self._devices, self._registry, self._hub)
         self._closers = AsyncExitStack()  # whatever is made on the way up is closed in the opposite order
 
     async def run(self) -> int:
@@ -122,7 +130,7 @@ class Program:
 
     # ---- the way up ----
 
-    def _set_up(self) -> MicroVM:
+    def _set_up(self) -> AnyMachine:
         arguments = self._arguments
         signals = SignalWatcher(self._on_signal)
         self._closers.callback(signals.close)
@@ -133,111 +141,47 @@ class Program:
             self._closers.callback(PidFile(arguments.pidfile).close)
         self._closers.callback(self._devices.close)
         self._closers.callback(self._fdsets.close)
+        for descriptor, set_id, opaque in arguments.descriptors:
+            self._fdsets.inherit(descriptor, set_id, opaque)
         for chardev in arguments.chardevs:
             self._devices.add_chardev(chardev)
-        for index, monitor in enumerate(arguments.monitors):
-            self._add_monitor(index, monitor)
-        config = self._machine_config()
-        machine = self._make_machine(config)
-        self._add_commands(machine, config)
-        return machine
+        self._closers.push_async_callback(self._doors.close)
+        if arguments.qtest is not None:
+            self._doors.open_qtest(arguments.qtest, arguments.qtest_log)
+        self._doors.open(arguments.monitors)
+        return self._set_up_machine()
 
-    def _add_monitor(self, index: int, request: MonitorRequest) -> None:
-        if request.device:
-            backend = self._devices.add_device(request.option, request.device, f"compat_monitor{index}")
-        else:
-            try:
-                backend = self._devices.claim(request.chardev)
-            except UsageError as error:
-                raise error.during(request.option) from error
-        monitor = QmpMonitor(backend, self._registry, self._hub, request.pretty)
-        self._monitors.append(monitor)
-        self._closers.push_async_callback(monitor.close)
-
-    def _machine_config(self) -> MachineConfig:
-        arguments = self._arguments
-        config = MachineConfig(
-            cpus=arguments.cpus,
-            max_cpus=arguments.max_cpus,
-            bios=arguments.bios or "",
-            cpu_model=arguments.cpu_model,
-            cpu_features=arguments.cpu_features,
-            kernel_irqchip=arguments.kernel_irqchip,
-            chipset=arguments.chipset,
-            isa_serial=arguments.machine_switch("isa-serial", True),
-            vapic=arguments.vapic,
-            legacy_virtio=arguments.legacy_virtio,
-            uuid=arguments.uuid,
-            name=arguments.name,
-            incoming=arguments.incoming is not None,
-        )
-        config.ram_size = arguments.ram_size or config.ram_size
-        for device in arguments.serial_devices()[:1]:
-            if device != "none":
-                consequence = f"could not connect serial device to character backend '{device}'"
-                config.serial = self._devices.add_device("-serial", device, "serial0", consequence)
-        self._add_memory(config)
-        self._add_disks(config)
-        return config
-
-    def _add_disks(self, config: MachineConfig) -> None:
-        disks = Disks(self._diagnostics.say, config.chipset.virtio_slots)
-        self._closers.callback(disks.close)
-        for text in self._arguments.blockdevs:
-            with _about(f"-blockdev {text}"):
-                disks.add_node(block_pairs(text))
-        for text in self._arguments.drives:
-            with _about(f"-drive {text}"):
-                disks.add_drive(text)
-        for text in self._arguments.devices:
-            with _about(f"-device {text}"):
-                disks.add_device(block_pairs(text, "driver"))
-        config.disks = disks.disks
-
-    def _add_memory(self, config: MachineConfig) -> None:
-        from .user_objects import MemoryBackend, UserObjects, map_memory
-
-        self._objects = UserObjects()
-        self._closers.callback(self._objects.close)
-        requests, wanted = list(self._arguments.backends), self._arguments.memory_backend
-        if wanted is None:
-            wanted = config.ram_idstr
-            requests.append(BackendRequest("memory-backend-ram", wanted, {"size": config.ram_size}))
-        for request in requests:
-            memory = map_memory(request.kind, request.id, request.properties)
-            made = MemoryBackend(request.kind, memory, request.properties)
-            try:
-                self._objects.add(request.id, made)
-            except CommandError as error:
-                made.close()
-                raise UsageError(str(error)) from error
-            if request.id == wanted:
-                made.in_use = True
-                config.ram_backend = memory
-                config.ram_idstr = ram_idstr(request)
-        assert config.ram_backend is not None
-        if self._arguments.ram_size not in (0, config.ram_backend.size):
-            raise UsageError("Machine memory size does not match the size of the memory backend")
-        config.ram_size = config.ram_backend.size
-
-    def _make_machine(self, config: MachineConfig) -> MicroVM:
-        from .machine import MicroVM
-
-        machine = MicroVM(config, self._hub.emit, self._diagnostics.say)
+    def _set_up_machine(self) -> AnyMachine:
+        assembly = Assembly(self._arguments, self._diagnostics.say, self._closers)
+        assembly.make_objects()
+        config = assembly.config(self._serial_port())
+        machine = assembly.make_machine(config, self._hub.emit)
         self._closers.push_async_callback(asyncio.to_thread, machine.close)
-        machine.reboots = self._arguments.reboot
-        self._end_with_guest(machine, self._arguments.shutdown)
+        machine.reboots = self._arguments.actions.reboot == "reset"
+        self._end_with_guest(machine, self._arguments.actions.shutdown == "poweroff")
+        if self._arguments.only_migratable:
+            for blocker in machine.migration_blockers:
+                raise UsageError(f"disallowing migration blocker (--only-migratable) for: {blocker}")
+        self._doors.serve_qtest(machine.physical, {"ioapic": machine.pins})
+        self._add_commands(machine, config, assembly)
         return machine
 
-    def _end_with_guest(self, machine: MicroVM, ends: bool) -> None:
+    def _serial_port(self) -> CharBackend | None:
+        for device in self._arguments.serial_devices()[:1]:
+            if device != "none" and not self._arguments.machine_type.is_empty:
+                consequence = f"could not connect serial device to character backend '{device}'"
+                return self._devices.add_device("-serial", device, "serial0", consequence)
+        return None
+
+    def _end_with_guest(self, machine: AnyMachine, ends: bool) -> None:
         machine.on_shutdown = self._on_guest_end if ends else None
 
-    def _add_commands(self, machine: MicroVM, config: MachineConfig) -> None:
+    def _add_commands(self, machine: AnyMachine, config: MachineConfig, assembly: Assembly) -> None:
         from qemumig.commands.types import EVENTS as MIGRATION_EVENTS
 
         from .monitor.types import EVENTS
 
-        control = self._make_migration(machine)
+        control = self._make_migration(machine, assembly)
         general = MachineCommands(
             machine,
             self._hub.emit,
@@ -246,15 +190,17 @@ class Program:
             end_with_guest=lambda ends: self._end_with_guest(machine, ends),
             name=self._arguments.name,
             uuid=self._arguments.uuid,
+            suspends=config.machine_type.is_pc,
         )
         self._closers.push_async_callback(general.close)
         offers = (session_commands(self._registry), general.commands(), control.commands(), self._fdsets.commands())
-        for commands in (*offers, *self._about_machine(machine, config, control), Yank(self._devices, control).commands()):
+        about = self._about_machine(machine, config, control, assembly)
+        for commands in (*offers, *about, Yank(self._devices, control).commands()):
             self._registry.add(commands)
         self._registry.add_events((*EVENTS, *MIGRATION_EVENTS))
 
     def _about_machine(
-        self, machine: MicroVM, config: MachineConfig, control: MigrationCommands
+        self, machine: AnyMachine, config: MachineConfig, control: MigrationCommands, assembly: Assembly
     ) -> Iterator[list[Command]]:
         """Commands about the parts of the machine and its memory."""
         from .guest_view import GuestView
@@ -265,19 +211,23 @@ class Program:
         from .monitor.objects import ObjectCommands, make_tree
         from .monitor.tracing import TraceCommands
 
-        arguments, devices, objects = self._arguments, self._devices, self._objects
-        disks = describe(config.disks, drives=arguments.drives, nodes=arguments.blockdevs, devices=arguments.devices)
+        devices, objects, made = self._devices, assembly.objects, assembly.disks
+        nodes = self._arguments.blockdevs
+        disks = describe(config.disks, drives=made.drive_texts, nodes=nodes, devices=made.device_texts)
         yield Inventory(machine, config, devices=devices, disks=disks, memories=objects.memories).commands()
-        tree = make_tree(config, arguments.machine, objects, devices, disks)
+        tree = make_tree(config, self._arguments.machine, objects, devices, disks)
         yield ObjectCommands(tree, objects).commands()
         view = GuestView(machine)
         dumps = Dumps(view, config.cpus)
         self._closers.push_async_callback(dumps.close)
         yield dumps.commands()
         yield TraceCommands(trace.TRACE).commands()
-        yield make_shell(self._registry, view, control.options, self._diagnostics.say).qmp_commands()
+        shell = make_shell(self._registry, view, control.options, self._diagnostics.say)
+        shell.only_migratable = self._arguments.only_migratable
+        self._doors.serve_people(shell)
+        yield shell.qmp_commands()
 
-    def _make_migration(self, machine: MicroVM) -> MigrationCommands:
+    def _make_migration(self, machine: AnyMachine, assembly: Assembly) -> MigrationCommands:
         from qemumig.commands.qmp import MigrationCommands
         from qemumig.options import MigrationOptions
 
@@ -290,27 +240,28 @@ class Program:
             emit=self._hub.emit,
             autostart=not self._arguments.paused,
             take_fd=take_fd,
-            find_object=self._objects.find,
+            find_object=assembly.objects.find,
             open_path=self._fdsets.open_path,
             exit_process=self.exit_from_any_thread,
         )
         self._closers.push_async_callback(control.close)
-        uri = self._arguments.incoming
-        if uri is not None and uri != "defer":
+        text = self._arguments.incoming
+        if text is not None and text != "defer":
             try:
-                control.incoming(uri)
+                control.incoming(self._arguments.incoming_channels or text)
             except MigrationError as error:
-                raise UsageError(str(error)).during(f"-incoming {uri}") from error
+                raise UsageError(str(error)).during(f"-incoming {text}") from error
         return control
 
     # ---- at work ----
 
-    async def _serve(self, machine: MicroVM) -> None:
+    async def _serve(self, machine: AnyMachine) -> None:
         ended = asyncio.ensure_future(self._ending.wait())
         clients = asyncio.ensure_future(self._devices.start())
         await asyncio.wait((ended, clients), return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
             clients.result()
+            confine(self._arguments.run_with)
             if not self._arguments.paused and self._arguments.incoming is None:
                 machine.start()
             if self._background is not None:
@@ -341,24 +292,7 @@ class Program:
     def _end(self) -> None:
         """Begin no further command; what is there is taken down."""
         self._ending.set()
-        for monitor in self._monitors:
-            monitor.stop()
-
-
-@contextmanager
-def _about(option: str) -> Iterator[None]:
-    """A UsageError inside is about *option*."""
-    try:
-        yield
-    except UsageError as error:
-        raise error.during(option) from error
-
-
-def ram_idstr(request: BackendRequest) -> str:
-    """The name on the wire of RAM from a memory backend (machine.md §2)."""
-    if request.properties.get("x-use-canonical-path-for-ramblock-id"):
-        return f"/objects/{request.id}"
-    return request.id
+        self._doors.stop()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""The program as a process: pid file and life in the background (cli.md §7)."""
+"""The program as a process: pid file, life in the background, with its parent, as another user (cli.md §7)."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
+import pwd
+import re
+import signal
 
+from .arguments import RunWith
 from .chardev import reason
 from .keyval import UsageError
 
 READY = b"0"
+PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PidFile:
@@ -65,3 +73,46 @@ class Background:
         os.chdir("/")
         os.write(self._descriptor, READY)
         os.close(self._descriptor)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end us, as a signal from outside would, when our parent ends."""
+    parent = os.getppid()
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def confine(run_with: RunWith) -> None:
+    """Change the root folder and the user for good; UsageError when the system does not let us."""
+    identity = None if run_with.user is None else _identity(run_with.user)
+    if run_with.chroot is not None:
+        try:
+            os.chroot(run_with.chroot)
+            os.chdir("/")
+        except OSError as error:
+            raise UsageError(f"chroot failed: '{run_with.chroot}': {reason(error)}") from error
+    if identity is None:
+        return
+    user, group, name = identity
+    try:
+        os.setgid(group)
+        if name:
+            os.initgroups(name, group)
+        else:
+            os.setgroups([group])
+        os.setuid(user)
+    except OSError as error:
+        raise UsageError(f"cannot become user '{run_with.user}': {reason(error)}") from error
+
+
+def _identity(user: str) -> tuple[int, int, str]:
+    """User and group number, and the name if *user* is one; it may be UID:GID instead."""
+    numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", user)
+    if numbers:
+        return int(numbers[1]), int(numbers[2]), ""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise UsageError(f'User "{user}" doesn\'t exist (and is not <uid>:<gid>)') from None
+    return entry.pw_uid, entry.pw_gid, user

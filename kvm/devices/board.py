@@ -6,7 +6,8 @@
                  0xFEA00000 ged   0xFEC10000 second ioapic, with which there are 24 slots
     in KVM       local APICs, first I/O APIC, pic, kvmclock
 
-What stands in the second lines is there if the machine's Chipset says so.
+What stands in the second lines is there if the machine's Chipset says so.  A PC has PIT, PICs and RTC, no virtio-mmio
+slots, and the devices of pc.py.
 
 Threads   Built, started, stopped, reset, saved and loaded by whoever holds the machine's transition lock; the buses are
           for all vCPU threads.
@@ -14,11 +15,10 @@ Threads   Built, started, stopped, reset, saved and loaded by whoever holds the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qemumig.machine import DeviceSection
+from qemumig.errors import MachineError
 from qemumig.savevm.devices.acpi_ged import ACPI_GED
 from qemumig.savevm.devices.fw_cfg import FW_CFG
 from qemumig.savevm.devices.i8254 import I8254
@@ -31,18 +31,20 @@ from qemumig.savevm.devices.serial import SERIAL
 from qemumig.savevm.devices.timer import TIMER
 from qemumig.savevm.devices.virtio_mmio import VIRTIO_BLK
 
-from ..config import DiskConfig, MachineConfig
+from ..config import Blob, DiskConfig, MachineConfig
 from ..vm import Vm
-from . import fw_cfg, ged, ioapic, pit, rtc, serial, virtio_mmio
+from . import acpi_pm, fw_cfg, ged, ioapic, pit, rtc, serial, virtio_mmio
 from .acpi.tables import Described
 from .acpi.tables import build as build_tables
 from .blobs import Blobs
 from .bus import Bus
 from .deadlines import Deadlines
 from .fdt import build as build_tree
-from .irqchip import Irqchip
+from .irqchip import InputPins, Irqchip
 from .kvmclock import Kvmclock
-from .memory import GuestMemory, memory_map
+from .memory import GuestMemory
+from .pc import PcDevices, PcRequests
+from .section import BoardSection, board_section
 from .timer import VirtualClock
 from .vapic import Vapic
 from .virtio_blk import DiskEvents, OnError, VirtioBlk
@@ -52,20 +54,12 @@ _PORTS_IDLE, _MEMORY_IDLE = 0xFF, 0x00  # what reads where nobody answers
 
 
 @dataclass(frozen=True)
-class BoardSection:
-    """A section and the device behind it."""
-
-    section: DeviceSection
-    save: Callable[[], Any]
-    load: Callable[[Any], None]
-
-
-@dataclass(frozen=True)
 class BoardEvents:
     """What devices ask of the machine, each from a thread that must not wait: the machine does it later."""
 
     disks: DiskEvents
     power_off: Callable[[], None]
+    suspend: Callable[[], None]
     reset: Callable[[], None]
     failed: Callable[[Exception], None]  # a timer's call raised this
 
@@ -91,6 +85,7 @@ class Board:
         self._vapic = Vapic()
         self._deadlines = Deadlines(events.failed)
         self._disks: dict[int, VirtioBlk] = {}
+        self._loaded = _require_ram(config.blobs, DmaMemory(memory))
         self.blobs = self._make_blobs(config)
         try:
             self._make_devices(config, events, warn)
@@ -105,33 +100,38 @@ class Board:
         self._ged = ged.Ged(line(ged.GSI), events.power_off, events.reset) if chipset.acpi else None
         self._pit = pit.Pit(lambda: self.clock.now, line(pit.GSI), deadlines) if chipset.pit else None
         self._rtc = rtc.Rtc(rtc.memory_bytes(config.ram_size), line(rtc.GSI), deadlines) if chipset.rtc else None
-        self._register_devices(EmptySlot(config.legacy_virtio), {disk.slot for disk in config.disks})
+        self._pc = self._make_pc(config, events, warn) if config.machine_type.is_pc else None
+        self._register_devices()
+        if self._pc is None:
+            self._register_slots(EmptySlot(config.legacy_virtio), {disk.slot for disk in config.disks})
         # In the order of the wire: before the vCPUs, after the first of them, after all of them.
         self.first_sections = [
-            _section("timer", TIMER, self.clock),
-            _section("fw_cfg", FW_CFG, self._fw_cfg),
+            board_section("timer", TIMER, self.clock),
+            board_section("fw_cfg", FW_CFG, self._fw_cfg),
         ]
-        self.sections_after_first_cpu = [_section("kvm-tpr-opt", KVM_TPR_OPT, self._vapic)] if config.vapic else []
+        self.sections_after_first_cpu = [board_section("kvm-tpr-opt", KVM_TPR_OPT, self._vapic)] if config.vapic else []
         self.last_sections = list(self._device_sections())
-        for disk in config.disks:
+        for disk in config.disks if self._pc is None else ():
             self._add_disk(disk, config.legacy_virtio, events.disks, warn)
 
     def _device_sections(self) -> Iterator[BoardSection]:
         """Those after the vCPUs' but for the disks'."""
-        yield _section("ioapic", IOAPIC, self._irqchip)
+        yield board_section("ioapic", IOAPIC, self._irqchip)
         if self._irqchip.second is not None:
-            yield _section("ioapic", IOAPIC, self._irqchip.second, instance=1)
-        yield _section("kvmclock", KVMCLOCK, self._kvmclock)
+            yield board_section("ioapic", IOAPIC, self._irqchip.second, instance=1)
+        yield board_section("kvmclock", KVMCLOCK, self._kvmclock)
         if self._ged is not None:
-            yield _section("acpi-ged", ACPI_GED, self._ged)
+            yield board_section("acpi-ged", ACPI_GED, self._ged)
         for instance, pic in enumerate(self._irqchip.pics):
-            yield _section("i8259", I8259, pic, instance=instance)
+            yield board_section("i8259", I8259, pic, instance=instance)
         if self._pit is not None:
-            yield _section("i8254", I8254, self._pit)
+            yield board_section("i8254", I8254, self._pit)
         if self._rtc is not None:
-            yield _section("mc146818rtc", MC146818RTC, self._rtc)
+            yield board_section("mc146818rtc", MC146818RTC, self._rtc)
         if self._serial is not None:
-            yield _section("serial", SERIAL, self._serial)
+            yield board_section("serial", SERIAL, self._serial)
+        if self._pc is not None:
+            yield from self._pc.sections()
 
     def start(self) -> None:
         """The vCPUs are about to run."""
@@ -169,18 +169,42 @@ class Board:
         for device in (self._ged, self._pit, self._rtc, self._serial):
             if device is not None:
                 device.reset()
+        if self._pc is not None:
+            self._pc.reset()
+        for blob in self._loaded:
+            self.memory.write(blob.address, blob.data)
         for disk in self._disks.values():
             disk.hard_reset()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the guest has suspended itself, and nobody has woken it yet."""
+        return self._pc is not None and self._pc.asleep
+
+    @asleep.setter
+    def asleep(self, asleep: bool) -> None:
+        if self._pc is not None:
+            self._pc.asleep = asleep
+
+    def wake(self, firmware: bytes) -> None:
+        """Out of suspend: as after a reset, but for what tells the guest that it slept."""
+        self.reset(firmware)
+        if self._pc is not None:
+            self._pc.wake()
 
     def claim_disks(self) -> None:
         """The images are this machine's; MachineError when somebody else has one."""
         for disk in self._disks.values():
             disk.claim()
+        if self._pc is not None:
+            self._pc.claim()
 
     def release_disks(self) -> None:
         """The images are about to be another machine's."""
         for disk in self._disks.values():
             disk.release()
+        if self._pc is not None:
+            self._pc.release()
 
     def close(self) -> None:
         """End the threads of devices, give their memory back; twice is allowed."""
@@ -191,15 +215,21 @@ class Board:
             self.blobs.close()
 
     @property
+    def pins(self) -> InputPins:
+        """The input pins of the first I/O APIC."""
+        return self._irqchip.pins
+
+    @property
     def pic_asks(self) -> bool:
         """Whether the PICs ask vCPU 0 for something."""
         return self._irqchip.pic_asks
 
     def press_power_button(self) -> bool:
         """Tell the guest that somebody wants it to end; False when it cannot be told, for want of ACPI."""
-        if self._ged is None:
+        button = self._ged or self._pc
+        if button is None:
             return False
-        self._ged.press_power_button()
+        button.press_power_button()
         return True
 
     def _make_blobs(self, config: MachineConfig) -> Blobs | None:
@@ -211,11 +241,22 @@ class Board:
 
     def _make_fw_cfg(self, config: MachineConfig) -> fw_cfg.FwCfg:
         access = fw_cfg.GuestAccess(self.memory.read, self.memory.write)
-        tree = build_tree(config.chipset, config.isa_serial, [disk.slot for disk in config.disks])
-        files: dict[str, fw_cfg.Item | bytes] = {"etc/fdt": tree}
+        files: dict[str, fw_cfg.Item | bytes] = {}
+        if not config.machine_type.is_pc:
+            files["etc/fdt"] = build_tree(config.chipset, config.isa_serial, [disk.slot for disk in config.disks])
         if self.blobs is not None:
             files |= {blob.name: blob for blob in self.blobs.files}
         return fw_cfg.FwCfg(config.ram_size, config.cpus, config.max_cpus, access, files, self.blobs)
+
+    def _make_pc(self, config: MachineConfig, events: BoardEvents, warn: Callable[[str], None]) -> PcDevices:
+        requests = PcRequests(
+            reset=events.reset,
+            power_off=events.power_off,
+            suspend=events.suspend,
+            sci=self._irqchip.line(acpi_pm.GSI),
+            now=lambda: self.clock.now,
+        )
+        return PcDevices(config.disks, not config.bios, self.memory.write, warn, requests)
 
     def _make_serial(self, config: MachineConfig) -> serial.Serial:
         backend = config.serial
@@ -244,9 +285,9 @@ class Board:
         self._disks[disk.slot] = made
         address = virtio_mmio.slot_address(disk.slot)
         self.mmio.register(address, virtio_mmio.SLOT_SIZE, transport, widest=4)
-        self.last_sections.append(_section(f"virtio-mmio@{address:016x}/virtio-blk", VIRTIO_BLK, made))
+        self.last_sections.append(board_section(f"virtio-mmio@{address:016x}/virtio-blk", VIRTIO_BLK, made))
 
-    def _register_devices(self, empty: EmptySlot, taken: set[int]) -> None:
+    def _register_devices(self) -> None:
         self.ports.register(*fw_cfg.PORTS, self._fw_cfg, widest=2)
         self.ports.register(*fw_cfg.DMA_PORTS, fw_cfg.DmaPorts(self._fw_cfg), widest=8)
         if self._serial is not None:
@@ -260,6 +301,10 @@ class Board:
             self.mmio.register(*ged.REGISTERS, ged.GedRegisters(self._ged), widest=1)
         if self._irqchip.second is not None:
             self.mmio.register(*ioapic.ADDRESS, self._irqchip.second, widest=4)
+        if self._pc is not None:
+            self._pc.register(self.ports)
+
+    def _register_slots(self, empty: EmptySlot, taken: set[int]) -> None:
         for slot in set(range(self._chipset.virtio_slots)) - taken:
             self.mmio.register(virtio_mmio.slot_address(slot), virtio_mmio.SLOT_SIZE, empty, widest=4)
 
@@ -271,7 +316,7 @@ class DmaMemory:
         self.read = memory.read
         self.write = memory.write
         self._extents: list[tuple[int, int]] = []  # start and end of RAM without a gap
-        for piece in memory_map(memory.ram_block.used_length, memory.firmware_block.used_length):
+        for piece in memory.pieces:
             end = piece.guest_address + piece.size
             if self._extents and self._extents[-1][1] == piece.guest_address:
                 self._extents[-1] = self._extents[-1][0], end
@@ -283,5 +328,10 @@ class DmaMemory:
         return any(start <= guest_address and guest_address + length <= end for start, end in self._extents)
 
 
-def _section(idstr: str, vmstate: Any, device: Any, instance: int = 0) -> BoardSection:
-    return BoardSection(DeviceSection(idstr, instance, vmstate), device.save, device.load)
+def _require_ram(blobs: Sequence[Blob], ram: DmaMemory) -> Sequence[Blob]:
+    """*blobs*, all of which are in RAM; else MachineError."""
+    for blob in blobs:
+        if not ram.holds(blob.address, len(blob.data)):
+            end = blob.address + len(blob.data)
+            raise MachineError(f"-device loader: {blob.address:#x} … {end:#x} is not all RAM of this machine")
+    return blobs

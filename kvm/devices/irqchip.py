@@ -50,6 +50,31 @@ class Line:
         self._level = level
 
 
+class InputPins:
+    """The pins of the first I/O APIC, for who looks on or plays a device from outside (qtest.md §2)."""
+
+    count = IOAPIC_PINS
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._observer: Callable[[int, int], None] | None = None
+
+    def observe(self, observer: Callable[[int, int], None] | None) -> None:
+        """Tell *observer*, alone, of every change: pin and level; called in the thread that makes it."""
+        self._observer = observer
+
+    def set_level(self, pin: int, level: int) -> None:
+        """Drive *pin*, as a device would."""
+        self.drive({CASCADE: 0}.get(pin, pin), int(level != 0))
+
+    def drive(self, gsi: int, level: int) -> None:
+        """The line *gsi* has a new level."""
+        self._vm.irq_line(gsi, level)
+        observer = self._observer
+        if observer is not None:
+            observer(gsi or CASCADE, level)
+
+
 class Irqchip:
     """The chips of one VM; made before its first vCPU.  `second` is None without a second I/O APIC, `pics` may be empty."""
 
@@ -61,13 +86,14 @@ class Irqchip:
         if chipset.pic:
             routes += [_route(gsi, *_pic_pin(gsi)) for gsi in range(2 * PIC_PINS) if gsi != CASCADE]
         vm.set_gsi_routing(routes)
+        self.pins = InputPins(vm)
         self.pics = [Pic(vm, chip) for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE)] if chipset.pic else []
         self.second = Ioapic(vm.signal_msi) if chipset.ioapic2 else None
 
     def line(self, gsi: int) -> Line:
         """The line *gsi*, low; one for each device."""
         if gsi < IOAPIC_PINS:
-            return Line(lambda level: self._vm.irq_line(gsi, int(level)))
+            return Line(lambda level: self.pins.drive(gsi, int(level)))
         second = self.second
         if second is None or gsi >= 2 * IOAPIC_PINS:
             raise ValueError(f"there is no interrupt line {gsi}: expected one below {IOAPIC_PINS * (1 + bool(second))}")

@@ -2,6 +2,7 @@
 
     block          guest-physical                                    machine.md §2
     microvm.ram    0 … 3 GiB, the rest from 4 GiB on                 less what the firmware's low alias hides
+                   (pc.ram: split elsewhere, machine_types.py)
     pc.bios        ends at 4 GiB; its last 128 KiB end at 1 MiB too  writable: both places are the same bytes
 
 Every piece is a memory slot of KVM.  Writes that we make ourselves (firmware, DMA) are not in KVM's log: they are
@@ -52,16 +53,20 @@ class Piece:
     is_firmware: bool
 
 
-def memory_map(ram_size: int, firmware_size: int) -> list[Piece]:
-    """The pieces of both blocks in the order of their addresses; sizes in bytes, whole pages."""
+def memory_map(ram_size: int, firmware_size: int, below_hole: int | None = None) -> list[Piece]:
+    """The pieces of both blocks in the order of their addresses; sizes in bytes, whole pages.
+
+    *below_hole*: how much of the RAM is below 4 GiB, if not as much as a microvm has there.
+    """
     alias_start = LOW_ALIAS_END - min(firmware_size, LOW_ALIAS_LIMIT)
-    below_hole = min(ram_size, HOLE_START)
+    if below_hole is None:
+        below_hole = min(ram_size, HOLE_START)
     pieces = [
         Piece(0, 0, min(below_hole, alias_start), False),
         Piece(alias_start, firmware_size - (LOW_ALIAS_END - alias_start), LOW_ALIAS_END - alias_start, True),
         Piece(LOW_ALIAS_END, LOW_ALIAS_END, below_hole - LOW_ALIAS_END, False),
         Piece(HOLE_END - firmware_size, 0, firmware_size, True),
-        Piece(HOLE_END, HOLE_START, ram_size - HOLE_START, False),
+        Piece(HOLE_END, below_hole, ram_size - below_hole, False),
     ]
     return [piece for piece in pieces if piece.size > 0]
 
@@ -69,7 +74,7 @@ def memory_map(ram_size: int, firmware_size: int) -> list[Piece]:
 class GuestMemory:
     """Both blocks mapped into *vm*; `blocks` in the order of the wire's list."""
 
-    def __init__(self, vm: Vm, ram: HostMemory, ram_idstr: str, firmware_size: int) -> None:
+    def __init__(self, vm: Vm, ram: HostMemory, ram_idstr: str, firmware_size: int, below_hole: int | None = None) -> None:
         """*ram* belongs to the new object from the first moment, even if mapping it fails."""
         self._vm = vm
         self._ram = ram
@@ -84,7 +89,8 @@ class GuestMemory:
         self.firmware_block = _block(FIRMWARE_IDSTR, self._firmware, HOLE_END - firmware_size)
         self.blocks = sorted((self.ram_block, self.firmware_block), key=lambda block: -block.max_length)
         self.logged_slots: list[LoggedSlot] = []
-        for slot, piece in enumerate(memory_map(ram.size, firmware_size)):
+        self.pieces = memory_map(ram.size, firmware_size, below_hole)
+        for slot, piece in enumerate(self.pieces):
             self._map(slot, piece)
 
     def report_writes_to(self, wrote: Wrote) -> None:

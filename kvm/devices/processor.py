@@ -9,6 +9,7 @@ Threads   Whoever holds the machine's transition lock; the thread inside runs th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from qemumig.machine import DeviceSection
@@ -69,10 +70,11 @@ class Processor:
         self.cpu_section = DeviceSection("cpu", index, CPU)
         self.apic_section = DeviceSection("apic", index, APIC)
 
-    def reset(self) -> None:
-        """Registers as after power-on; the machine is paused."""
+    def reset(self, entry_point: int | None = None) -> None:
+        """Registers as after power-on, but for the instruction pointer if *entry_point* says so; the machine is paused."""
         self.load_apic(self._reset_apic)
-        self.load_cpu(self._reset_cpu)
+        reset = self._reset_cpu if entry_point is None else replace(self._reset_cpu, eip=entry_point)
+        self.load_cpu(reset)
 
     def note_stop(self) -> None:
         """The machine has just stopped: note the TSC."""

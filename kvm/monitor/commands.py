@@ -21,13 +21,12 @@ from .session import version
 from .types import ARCHITECTURE, STATUS, VERSION
 
 NEEDS_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.GUEST_PANICKED})
-WATCHDOG_ACTIONS = ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi")
-ACTIONS = (
-    Argument("reboot", Enum(("reset", "shutdown")), optional=True),
-    Argument("shutdown", Enum(("poweroff", "pause")), optional=True),
-    Argument("panic", Enum(("pause", "shutdown", "exit-failure", "none")), optional=True),
-    Argument("watchdog", Enum(WATCHDOG_ACTIONS), optional=True),
-)
+ACTIONS = {  # event in the guest → what may follow on it
+    "reboot": ("reset", "shutdown"),
+    "shutdown": ("poweroff", "pause"),
+    "panic": ("pause", "shutdown", "exit-failure", "none"),
+    "watchdog": ("reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"),
+}
 
 
 class MonitoredMachine(Protocol):
@@ -48,12 +47,15 @@ class MonitoredMachine(Protocol):
 
     def press_power_button(self) -> bool: ...
 
+    def wake(self) -> None: ...
+
 
 class MachineCommands:
     """The commands for one machine.
 
     *set_autostart* is told whether the guest shall run once it has come in; *quit* ends the program;
-    *end_with_guest* is told whether the end of the guest shall be the end of the program.
+    *end_with_guest* is told whether the end of the guest shall be the end of the program.  *suspends*: a guest of this
+    machine can suspend itself.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class MachineCommands:
         end_with_guest: Callable[[bool], None],
         name: str | None = None,
         uuid: bytes | None = None,
+        suspends: bool = False,
     ) -> None:
         self._machine = machine
         self._emit = emit
@@ -73,11 +76,13 @@ class MachineCommands:
         self._quit = quit
         self._end_with_guest = end_with_guest
         self._name = name
+        self._suspends = suspends
         self._uuid = UUID(bytes=uuid or bytes(16))
         self._control = workers(1)
 
     def commands(self) -> list[Command]:
         """The commands, for a registry."""
+        actions = tuple(Argument(name, Enum(words), optional=True) for name, words in ACTIONS.items())
         kvm = Struct(Argument("enabled", BOOL), Argument("present", BOOL))
         return [
             Command("query-status", self.query_status, returns=STATUS),
@@ -86,8 +91,8 @@ class MachineCommands:
             Command("quit", self.quit),
             Command("system_reset", self.system_reset),
             Command("system_powerdown", self.system_powerdown),
-            Command("system_wakeup", system_wakeup),
-            Command("set-action", self.set_action, ACTIONS),
+            Command("system_wakeup", self.system_wakeup),
+            Command("set-action", self.set_action, actions),
             Command("query-version", version, returns=VERSION),
             Command("query-name", self.query_name, returns=Struct(Argument("name", STR, optional=True))),
             Command("query-uuid", lambda: {"UUID": str(self._uuid)}, returns=Struct(Argument("UUID", STR))),
@@ -114,7 +119,7 @@ class MachineCommands:
     def _stop(self) -> None:
         if self._machine.runstate is RunState.INMIGRATE:
             self._set_autostart(False)
-        elif self._machine.runstate is RunState.RUNNING:
+        elif self._machine.runstate in (RunState.RUNNING, RunState.SUSPENDED):
             self._machine.stop(RunState.PAUSED)
 
     async def cont(self) -> None:
@@ -128,7 +133,7 @@ class MachineCommands:
             raise CommandError("Resetting the Virtual Machine is required")
         if state is RunState.INMIGRATE:
             self._set_autostart(True)
-        elif state is not RunState.RUNNING:
+        elif state not in (RunState.RUNNING, RunState.SUSPENDED):
             self._machine.start()
 
     async def system_reset(self) -> None:
@@ -148,6 +153,12 @@ class MachineCommands:
     def _power_down(self) -> None:
         self._emit("POWERDOWN")
         self._machine.press_power_button()
+
+    async def system_wakeup(self) -> None:
+        """Wake a guest that has suspended itself."""
+        if not self._suspends:
+            raise CommandError("wake-up from suspend is not supported by this guest")
+        await self._in_order(self._machine.wake)
 
     def set_action(
         self,
@@ -170,8 +181,3 @@ class MachineCommands:
 
     def query_name(self) -> dict[str, Any]:
         return {} if self._name is None else {"name": self._name}
-
-
-def system_wakeup() -> None:
-    """Wake a guest that has suspended itself, which no guest of this machine can."""
-    raise CommandError("wake-up from suspend is not supported by this guest")

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..block import RawImage
 from ..config import DiskConfig
+from ..from_text import block_pairs
 from ..keyval import split
-from ..options import block_pairs
 
 PAST_THE_CACHE = ("none", "off", "directsync")  # values of -drive cache=
 NEVER_FLUSHED = ("unsafe",)
@@ -35,6 +35,7 @@ class Disk:
     writeback: bool = True
     direct: bool = False
     no_flush: bool = False
+    model: str = "virtio-blk-device"
 
     @property
     def path(self) -> str:
@@ -61,6 +62,7 @@ def describe(
                 Disk(
                     *("", disk.name, name, disk.image, node.get("driver") or ""),
                     writeback=disk.writeback,
+                    model=disk.kind,
                     direct=node.get("cache.direct") in ("on", "yes", "true", "y"),
                     no_flush=node.get("cache.no-flush") in ("on", "yes", "true", "y"),
                 )
@@ -71,6 +73,7 @@ def describe(
             Disk(
                 *(disk.name, f"#block{len(found):03d}", name, disk.image),
                 writeback=disk.writeback,
+                model=disk.kind,
                 direct=mode in PAST_THE_CACHE,
                 no_flush=mode in NEVER_FLUSHED,
             )

@@ -19,6 +19,7 @@ from typing import Any
 from qemumig.commands.command import INT, STR, Argument, Command, CommandError, ListOf, Struct
 from qemumig.errors import ChannelError
 
+from ..keyval import UsageError
 from .session import current_session
 
 PREFIX = "/dev/fdset/"
@@ -63,6 +64,18 @@ class FdSets:
             os.close(descriptor)
             raise
         return {"fdset-id": set_id, "fd": descriptor}
+
+    def inherit(self, descriptor: int, set_id: int, opaque: str | None) -> None:
+        """What -add-fd does: a descriptor that the program was started with; UsageError."""
+        option = f"-add-fd fd={descriptor},set={set_id}"
+        try:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                raise UsageError("fd is not valid or already in use").during(option)
+            ours = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+        except OSError:
+            raise UsageError("fd is not valid or already in use").during(option) from None
+        os.close(descriptor)
+        self.add(ours, set_id, opaque)
 
     def remove(self, set_id: int, descriptor: int | None = None) -> None:
         """Close *descriptor* of a set, or all of them; CommandError when there is none."""

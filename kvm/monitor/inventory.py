@@ -16,11 +16,11 @@ from qemumig.qapi import RunState
 
 from ..chardev_options import CharDevices
 from ..config import MachineConfig
-from ..options import CPU_MODELS, MACHINE, MAX_CPUS
+from ..machine_options import CPU_MODELS
+from ..machine_types import DEFAULT, MACHINES, MachineType
 from . import types
 from .disks import Disk, describe_node
 
-DEFAULT_RAM_ID = f"{MACHINE}.ram"
 ELSEWHERE = frozenset({RunState.INMIGRATE, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE})  # the disks are another's
 
 
@@ -62,7 +62,7 @@ class Inventory:
             Command("query-cpus-fast", self.query_cpus, returns=types.CPUS),
             Command("query-cpu-definitions", query_cpu_definitions, returns=types.CPU_DEFINITIONS),
             Command("query-machines", self.query_machines, compat, returns=types.MACHINES),
-            Command("query-current-machine", lambda: {"wakeup-suspend-support": False}, returns=wakeup),
+            Command("query-current-machine", self.query_current_machine, returns=wakeup),
             Command("query-memdev", self.query_memdev, returns=types.MEMDEVS),
             Command("query-memory-size-summary", self.query_memory_size, returns=types.MEMORY_SIZE),
             Command("query-chardev", self.query_chardev, returns=types.CHARDEVS),
@@ -91,18 +91,10 @@ class Inventory:
         ]
 
     def query_machines(self, compat_props: bool = False) -> list[dict[str, Any]]:
-        machine: dict[str, Any] = {
-            "name": MACHINE,
-            "is-default": True,
-            "cpu-max": MAX_CPUS,
-            "hotpluggable-cpus": False,
-            "numa-mem-supported": False,
-            "deprecated": False,
-            "default-cpu-type": "qemu64-x86_64-cpu",
-            "default-ram-id": DEFAULT_RAM_ID,
-            "acpi": True,
-        }
-        return [machine | ({"compat-props": []} if compat_props else {})]
+        return [describe_machine(one) | ({"compat-props": []} if compat_props else {}) for one in MACHINES]
+
+    def query_current_machine(self) -> dict[str, bool]:
+        return {"wakeup-suspend-support": self._config.machine_type.is_pc}
 
     def query_memdev(self) -> list[dict[str, Any]]:
         return [{**memory, "host-nodes": [], "policy": "default"} for memory in self._memories()]
@@ -140,6 +132,25 @@ class Inventory:
 def cpu_path(index: int, vapic: bool) -> str:
     """Where vCPU *index* is in the tree of objects: the second device made is a helper of the first vCPU."""
     return f"/machine/unattached/device[{index + (1 if index and vapic else 0)}]"
+
+
+def describe_machine(machine: MachineType) -> dict[str, Any]:
+    """A machine as `query-machines` shows it."""
+    entry: dict[str, Any] = {"name": machine.name}
+    if machine.alias:
+        entry["alias"] = machine.alias
+    if machine is DEFAULT:
+        entry["is-default"] = True
+    entry |= {
+        "cpu-max": machine.max_cpus,
+        "hotpluggable-cpus": False,
+        "numa-mem-supported": False,
+        "deprecated": False,
+        "acpi": not machine.is_empty,
+    }
+    if not machine.is_empty:
+        entry |= {"default-cpu-type": "qemu64-x86_64-cpu", "default-ram-id": machine.ram_idstr}
+    return entry
 
 
 def query_cpu_definitions() -> list[dict[str, Any]]:

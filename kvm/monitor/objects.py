@@ -21,14 +21,14 @@ from qemumig.commands.command import ANY, BOOL, STR, Argument, Command
 from ..chardev import CharBackend, FileBackend, PipeBackend, SocketBackend, StdioBackend
 from ..chardev_options import CharDevices
 from ..config import MachineConfig
-from ..options import CPU_MODELS, MACHINE
+from ..machine_options import CPU_MODELS
+from ..machine_types import MACHINES
 from ..qom import Node, Property, Tree, constant
 from ..user_objects import Creatable, UserObjects
 from .disks import Disk
 from .inventory import cpu_path
 from .types import PROPERTIES, QOM_TYPES
 
-ON_OFF_AUTO = ("acpi", "pit", "pic", "rtc", "pcie", "ioapic2")
 SWITCHES = {  # machine properties that are on or off, and what silence means
     "isa-serial": True,
     "x-option-roms": True,
@@ -47,9 +47,10 @@ TYPES = {  # name → the type above it; of abstract ones there are no objects
     "container": "object",
     "accel": "object",
     "kvm-accel": "accel",
+    "qtest-accel": "accel",
     "machine": "object",
     "x86-machine": "machine",
-    f"{MACHINE}-machine": "x86-machine",
+    **{f"{one.name}-machine": "machine" if one.is_empty else "x86-machine" for one in MACHINES},
     "memory-backend": "object",
     "chardev": "object",
     "chardev-fd": "chardev",
@@ -74,6 +75,8 @@ TYPES = {  # name → the type above it; of abstract ones there are no objects
     "isa-serial": "isa-device",
     "virtio-device": "device",
     "virtio-blk-device": "virtio-device",
+    "ide-hd": "device",
+    "loader": "device",
 }
 ABSTRACT = frozenset(
     (
@@ -175,15 +178,13 @@ def make_tree(
 
 def machine_node(config: MachineConfig, properties: Mapping[str, str | None], disks: Sequence[Disk]) -> Node:
     """/machine and what is below it."""
-    machine = Node(f"{MACHINE}-machine", machine_properties(config, properties))
+    machine = Node(f"{config.machine_type.name}-machine", machine_properties(config, properties))
     peripheral = machine.add("peripheral", Node("container"))
     anonymous = machine.add("peripheral-anon", Node("container"))
     unattached = machine.add("unattached", Node("container"))
     for disk in disks:
         place = peripheral if disk.path.startswith("/machine/peripheral/") else anonymous
-        place.add(
-            disk.path.rpartition("/")[2], Node("virtio-blk-device", {"drive": constant("str", disk.drive or disk.node)})
-        )
+        place.add(disk.path.rpartition("/")[2], Node(disk.model, {"drive": constant("str", disk.drive or disk.node)}))
     for index in range(config.cpus):
         unattached.add(cpu_path(index, config.vapic).rpartition("/")[2], cpu_node(config.cpu_model, index))
     return machine
@@ -191,19 +192,21 @@ def machine_node(config: MachineConfig, properties: Mapping[str, str | None], di
 
 def machine_properties(config: MachineConfig, given: Mapping[str, str | None]) -> dict[str, Property]:
     """What may be asked of /machine."""
-    backend = given.get("memory-backend") or f"{MACHINE}.ram"
+    kind = config.machine_type
+    backend = given.get("memory-backend") or kind.ram_idstr
     topology = ("threads", "cores", "modules", "clusters", "dies", "sockets", "books", "drawers")
     smp = {"cpus": config.cpus, "maxcpus": config.max_cpus, **dict.fromkeys(topology, 1), "cores": config.max_cpus}
     words = {"on": True, "yes": True, "true": True, "y": True, None: True}
     return {
         "firmware": constant("string", config.bios),
         "memory": constant("MemorySizeConfiguration", {"size": config.ram_size}),
-        "memory-backend": constant("link<memory-backend>", f"/objects/{backend}"),
+        "memory-backend": constant("link<memory-backend>", f"/objects/{backend}" if backend else ""),
         "smp": constant("SMPConfiguration", smp),
-        **{name: constant("OnOffAuto", given.get(name, "auto")) for name in ON_OFF_AUTO},
+        **{name: constant("OnOffAuto", given.get(name, "auto")) for name in kind.tristates},
         **{
             name: constant("bool", words.get(given[name], False) if name in given else default)
             for name, default in SWITCHES.items()
+            if name in kind.switches
         },
     }
 

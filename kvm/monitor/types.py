@@ -54,6 +54,7 @@ MEMORY_SIZE = Struct(Argument("base-memory", UINT64), Argument("plugged-memory",
 MACHINES = ListOf(
     Struct(
         Argument("name", STR),
+        Argument("alias", STR, optional=True),
         Argument("is-default", BOOL, optional=True),
         Argument("cpu-max", INT),
         *(Argument(name, BOOL) for name in ("hotpluggable-cpus", "numa-mem-supported", "deprecated")),
@@ -129,6 +130,8 @@ EVENTS = (
     Event("RESET", Argument("guest", BOOL), Argument("reason", REASONS)),
     Event("STOP"),
     Event("RESUME"),
+    Event("SUSPEND"),
+    Event("WAKEUP"),
     Event(
         "BLOCK_IO_ERROR",
         Argument("device", STR),

@@ -101,11 +101,11 @@ class MigrationCommands:
 
     # ---- for the command line ----
 
-    def incoming(self, uri: str) -> None:
-        """What `-incoming URI` does."""
-        address = parse_uri(uri)
+    def incoming(self, where: str | list[dict[str, Any]]) -> None:
+        """What `-incoming` does, with a URI or with channels."""
+        address = parse_uri(where) if isinstance(where, str) else parse_channels(where, incoming=True)
         if isinstance(address, FdAddress) and not address.name.isdigit():
-            raise OptionError(f"Invalid file descriptor number '{address.name}'", name="uri", value=uri)
+            raise OptionError(f"Invalid file descriptor number '{address.name}'", name="uri", value=where)
         check_transport(self.options, address)
         self._destination.listen(address)
 

@@ -317,12 +317,15 @@ class IncomingMigration:
         """Enter the run state that the source's was in (state-machine.md §5)."""
         state = source_runstate or RunState.RUNNING
         with self._lock:
-            if state is not RunState.RUNNING:
+            if state not in (RunState.RUNNING, RunState.SUSPENDED):
                 self._machine.set_runstate(state)
-            elif self._autostart and told:
-                self._machine.start()
-            else:
+            elif not (self._autostart and told):
                 self._machine.set_runstate(RunState.PAUSED)
+            elif state is RunState.SUSPENDED:  # it sleeps on, but it is no longer stopped
+                self._machine.set_runstate(state)
+                self._emit("RESUME", None)
+            else:
+                self._machine.start()
 
     def _explained(self, error: StreamError | ChannelError) -> MigrationError:
         """*error*, and what it may mean when the source was gone before it had sent any contents."""

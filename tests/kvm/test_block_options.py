@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvm.block_options import Disks
+from kvm.from_text import block_pairs
 from kvm.keyval import UsageError
-from kvm.options import block_pairs
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def add(disks: Disks, *options: str) -> None:
         elif name == "-blockdev":
             disks.add_node(block_pairs(text))
         else:
-            disks.add_device(block_pairs(text, "driver"))
+            disks.add_device(text)
 
 
 def test_a_machine_with_more_slots_has_more_places_for_disks(tmp_path: Path) -> None:

@@ -493,7 +493,6 @@ def test_nothing_is_left_behind(directory, no_leaks):
         ("unix:s,server=on,telnet=on", "'telnet' is not available for socket character devices"),
         ("tcp:127.0.0.1", "'127.0.0.1' names no port: tcp:HOST:PORT is expected"),
         ("pty", "character device 'pty' is not available"),
-        ("mon:stdio", "character device 'mon' is not available"),
     ],
 )
 def test_bad_dev_syntax_is_named(text, message):

@@ -16,8 +16,9 @@ import pytest
 from kvm.boot import FirmwareError
 from kvm.config import MachineConfig
 from kvm.cpuid import CpuModelError
-from kvm.machine import NEXT, MicroVM
+from kvm.machine import MicroVM
 from kvm.memory import HostMemory
+from kvm.runstates import NEXT
 from qemumig.errors import MachineError, StateError
 from qemumig.qapi import RunState
 from qemumig.ram.block import RAMBlock
@@ -51,7 +52,7 @@ class Workshop:
         self,
         letters: Letters | None = None,
         *,
-        bios: str = "",
+        bios: str | None = None,
         on_event: dict[str, Callable[[], None]] | None = None,
         **config: Any,
     ) -> MicroVM:
@@ -63,7 +64,7 @@ class Workshop:
 
         settings = {"ram_size": 64 * MIB, "cpu_features": {"pni": False}, **config}
         made = MicroVM(
-            MachineConfig(bios=bios or self.image(), serial=letters, **settings),  # type: ignore[arg-type]
+            MachineConfig(bios=self.image() if bios is None else bios, serial=letters, **settings),  # type: ignore[arg-type]
             emit,
             self.warnings.append,
         )

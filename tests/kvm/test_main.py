@@ -402,7 +402,30 @@ def program():
                 "-serial foo: could not connect serial device to character backend 'foo'",
             ],
         ),
-        (["-qmp", "none"], ["-qmp none: 'none' is not a valid char driver"]),
+        (["-qmp", "none"], ["-qmp none: 'none' is not a valid char driver", "-qmp none: parse error: none"]),
+        (
+            ["-monitor", "unix:{d}/no/s"],
+            ["-monitor unix:{d}/no/s: Failed to connect to '{d}/no/s': No such file or directory"],
+        ),
+        (
+            ["-qtest", "unix:{d}/no/s"],
+            [
+                "Failed to connect to '{d}/no/s': No such file or directory",
+                'Failed to initialize device for qtest: "unix:{d}/no/s"',
+            ],
+        ),
+        (
+            ["-object", "tls-creds-x509,id=t,dir={d}/no"],
+            ["Unable to access credentials {d}/no/ca-cert.pem: No such file or directory"],
+        ),
+        (["-object", "memory-backend-ram,id=m,size=0"], ["property 'size' of memory-backend-ram doesn't take value '0'"]),
+        (["-add-fd", "fd=77,set=1"], ["-add-fd fd=77,set=1: fd is not valid or already in use"]),
+        (
+            ["-device", "loader,file={d}/no,addr=0"],
+            ["-device loader,file={d}/no,addr=0: Cannot load specified image {d}/no: No such file or directory"],
+        ),
+        (["-device", "ide-hd,drive=d0"], ["-device ide-hd,drive=d0: No 'IDE' bus found for device 'ide-hd'"]),
+        (["-hda", "{d}/no"], ["-hda {d}/no: machine type does not support if=ide here; if=none and a -device do"]),
         (["-mon", "nope,mode=control"], ['-mon nope,mode=control: chardev "nope" not found']),
         (["-pidfile", "{d}/no/pid"], ["cannot create PID file: Could not create '{d}/no/pid': No such file or directory"]),
         (
@@ -433,6 +456,17 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(directory, argv, lines):
             ["-incoming", "unix:{d}/no/s"],
             "-incoming unix:{d}/no/s: Failed to bind socket to {d}/no/s: No such file or directory",
         ),
+        (
+            ["-device", "loader,addr=0xffffffff,data=1,data-len=2"],
+            "-device loader: 0xffffffff … 0x100000001 is not all RAM of this machine",
+        ),
+        (
+            ["-cpu", "host,invtsc=on", "-only-migratable"],
+            "disallowing migration blocker (--only-migratable) for: "
+            "State blocked by non-migratable CPU device (invtsc flag)",
+        ),
+        (["-run-with", "user=no-such-user"], 'User "no-such-user" doesn\'t exist (and is not <uid>:<gid>)'),
+        (["-run-with", "chroot={d}/no"], "chroot failed: '{d}/no': No such file or directory"),
         (["-global", "migration.foo=1"], "can't apply global migration.foo=1: Property 'migration.foo' not found"),
     ],
 )
@@ -496,3 +530,144 @@ def test_a_signal_to_a_thread_that_takes_signals_ends_it_too(directory):
     assert process.returncode == 0
     assert said.endswith(": terminating on signal 15\n")
     assert os.listdir(directory) == []
+
+
+# ---- monitors for people, the harness, objects ----
+
+
+def read_until(client, text):
+    """What a person at a monitor has seen once *text* has come."""
+    seen = b""
+    while text not in seen:
+        seen += client.recv(65536)
+    return seen.decode()
+
+
+@needs_kvm
+def test_people_and_harnesses_find_the_machine_behind_their_doors(directory):
+    doors = ["-monitor", f"unix:{directory}/hmp,server=on,wait=off", "-qtest", f"unix:{directory}/qtest,server=on,wait=off"]
+    doors += ["-qtest-log", f"{directory}/log", "-object", "authz-simple,id=who,identity=me"]
+    with (
+        system(directory, "vm", *doors) as vm,
+        socket.socket(socket.AF_UNIX) as person,
+        socket.socket(socket.AF_UNIX) as harness,
+    ):
+        for client, name in ((person, "hmp"), (harness, "qtest")):
+            client.settimeout(PATIENCE_S)
+            client.connect(str(directory / name))
+        assert "monitor - type 'help'" in read_until(person, b"(qemu) ")
+        person.sendall(b"info status\n")
+        assert "VM status: running" in read_until(person, b"running\r\n(qemu) ")
+        assert vm.result("human-monitor-command", command_line="info status") == "VM status: running\r\n"
+        harness.sendall(b"endianness\nreadb 0xffff0000\ninb 0x3fd\nirq_intercept_in ioapic\n")
+        answers = read_until(harness, b"OK\n").splitlines()
+        assert answers == ["OK little", f"OK {GUEST.read_bytes()[0]:#018x}", "OK 0x0060", "OK"]
+        objects = [entry["name"] for entry in vm.result("qom-list", path="/objects")]
+        assert objects == ["type", "who", "microvm.ram"]
+        labels = {entry["label"]: entry["frontend-open"] for entry in vm.result("query-chardev")}
+        assert labels == {"qtest": True, "compat_monitor0": True, "compat_monitor1": True, "serial0": True}
+        person.sendall(b"quit\n")
+        assert vm.end()[0] == 0
+    assert "[R +" in (directory / "log").read_text()
+
+
+@needs_kvm
+def test_serial_port_and_monitor_share_a_connection(directory):
+    doors = ["-serial", f"mon:unix:{directory}/both,server=on,wait=off"]
+    process = start(*BASE, "-bios", GUEST, *doors, "-S", "-qmp", f"unix:{directory}/qmp,server=on,wait=off")
+    try:
+        with connect_when_there(directory / "both", process) as client:
+            client.sendall(b"\x01c")
+            read_until(client, b"(qemu) ")
+            client.sendall(b"cont\n")
+            assert "AB" in read_until(client, b"AB")
+            client.sendall(b"\x01x")
+            assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@needs_kvm
+def test_a_program_ends_with_the_one_that_started_it(directory):
+    """A shell starts it in the background, tells its number and ends."""
+    command = [*shlex.split(qemumig_system()), *BASE, "-bios", str(GUEST), "-run-with", "exit-with-parent=on"]
+    command += ["-qmp", f"unix:{directory}/qmp,server=on,wait=off"]
+    script = f"{shlex.join(map(str, command))} & echo $!; read line"
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    number = int(shell.stdout.readline())
+    connect_when_there(directory / "qmp", shell).close()
+    shell.communicate(b"\n", timeout=PATIENCE_S)
+    wait_until(lambda: not os.path.exists(f"/proc/{number}/cmdline") or not os.listdir(directory), "it ends", PATIENCE_S)
+    wait_until(lambda: not (directory / "qmp").exists(), "its socket goes", PATIENCE_S)
+
+
+@needs_kvm
+def test_a_machine_may_be_empty(directory):
+    """Nothing runs, and nothing is migrated, successfully."""
+    files = [f"unix:{directory}/{name},server=on,wait=off" for name in ("a", "b")]
+    processes = [
+        start("-M", "none", "-qmp", files[0]),
+        start("-M", "none", "-qmp", files[1], "-incoming", f"unix:{directory}/m"),
+    ]
+    try:
+        source, destination = (Client(directory / name, process) for name, process in zip("ab", processes, strict=True))
+        with source, destination:
+            assert source.ask("query-cpus-fast") == []
+            assert source.ask("query-memory-size-summary")["base-memory"] == 0
+            assert source.ask("query-status")["status"] == "running"
+            source.ask("migrate", uri=f"unix:{directory}/m")
+            wait_until(lambda: source.ask("query-migrate").get("status") == "completed", "nothing moves", PATIENCE_S)
+            wait_until(lambda: destination.ask("query-status")["status"] == "running", "it arrives", PATIENCE_S)
+            for client in (source, destination):
+                client.ask("quit")
+        assert [process.wait(PATIENCE_S) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+class Client:
+    """A client of one QMP socket; a context manager."""
+
+    def __init__(self, path, process):
+        self.socket = connect_when_there(path, process)
+        self.file = self.socket.makefile("rb")
+        self.file.readline()
+        self.ask("qmp_capabilities")
+
+    def ask(self, command, **arguments):
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self.socket.sendall(json.dumps({"execute": command, "arguments": named}).encode())
+        while "event" in (message := json.loads(self.file.readline())):
+            pass
+        return message["return"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+        self.socket.close()
+
+
+@needs_kvm
+def test_bytes_are_loaded_into_memory(directory):
+    blob = directory / "blob"
+    blob.write_bytes(b"hello")
+    more = ["-device", f"loader,file={blob},addr=0x9000", "-device", "loader,addr=0x9010,data=0x1234,data-len=4", "-S"]
+    with system(directory, "vm", *more) as vm:
+        words = "xp/5bx 0x9000"
+        assert vm.result("human-monitor-command", command_line=words).split()[1:] == [f"0x{byte:02x}" for byte in b"hello"]
+        assert "0x00001234" in vm.result("human-monitor-command", command_line="xp/1wx 0x9010")
+        vm.result("quit")
+        assert vm.end()[0] == 0
+
+
+@needs_kvm
+def test_a_channel_may_be_described_instead_of_a_uri(directory):
+    with system(directory, "vm", "-incoming", f"main,addr.transport=socket,addr.type=unix,addr.path={directory}/m") as vm:
+        assert vm.result("query-migrate")["socket-address"] == [{"type": "unix", "path": f"{directory}/m"}]
+        vm.result("quit")
+        assert vm.end()[0] == 0

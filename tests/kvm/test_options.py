@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm import keyval
+from kvm.arguments import Actions, HelpRequested, RunWith
 from kvm.config import Chipset
 from kvm.cpuid import CpuModel
 from kvm.keyval import UsageError
-from kvm.options import CPU_MODELS, OPTIONS, HelpRequested, help_text, parse
+from kvm.machine_options import CPU_MODELS
+from kvm.options import OPTIONS, help_text, parse
 
 MICROVM = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off"
 BASE = ["-M", MICROVM, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm"]
@@ -161,7 +163,16 @@ class TestMeaning:
         assert arguments.cpu_features == {"avx": True, "sse3": False, "pni": False, "x2apic": True}
 
     def test_the_first_accelerator_that_works_is_used(self):
-        parse([*BASE, "-accel", "kvm,foo=1"])
+        assert parse([*BASE, "-accel", "kvm,foo=1"]).warnings == []
+
+    def test_those_before_it_are_told_of(self):
+        arguments = parse(["-bios", "x", "-accel", "foo", "-accel", "kvm"])
+        assert arguments.warnings == ["-accel foo: invalid accelerator foo", "falling back to KVM"]
+        assert parse(["-bios", "x", "-M", "accel=foo:kvm"]).warnings == ["invalid accelerator foo", "falling back to KVM"]
+
+    def test_the_accelerator_of_harnesses_runs_no_guest_unless_another_one_works(self):
+        assert not parse(["-bios", "x", "-accel", "qtest"]).runs_guest
+        assert parse([*BASE, "-accel", "qtest"]).runs_guest
 
     @pytest.mark.parametrize(
         "argv",
@@ -176,28 +187,37 @@ class TestMeaning:
 
     def test_the_serial_port_without_an_option(self):
         assert parse(["-bios", "x"]).serial_devices() == ["null"]
-        assert parse(["-bios", "x", "-nographic"]).serial_devices() == ["stdio"]
+        assert parse(["-bios", "x", "-nographic"]).serial_devices() == ["mon:stdio"]
+        assert parse(["-bios", "x", "-nographic", "-monitor", "none"]).serial_devices() == ["stdio"]
         assert parse(["-bios", "x", "-nographic", "-nodefaults"]).serial_devices() == []
         assert parse(["-bios", "x", "-nographic", "-serial", "none"]).serial_devices() == ["none"]
 
     def test_monitors(self):
         arguments = parse([*BASE, "-mon", "c0,mode=control,pretty=on", "-qmp-pretty", "stdio"])
         first, second = arguments.monitors
+        assert not (first.human or second.human)
         assert (first.chardev, first.pretty) == ("c0", True)
         assert (second.device, second.pretty) == ("stdio", True)
+
+    def test_monitors_for_people(self):
+        arguments = parse([*BASE, "-mon", "c0", "-monitor", "stdio", "-monitor", "none"])
+        assert [(one.chardev, one.device, one.human) for one in arguments.monitors] == [
+            ("c0", "", True),
+            ("", "stdio", True),
+        ]
 
     def test_a_memory_backend(self):
         arguments = parse(
             [*BASE, "-object", "memory-backend-file,id=m0,size=16M,mem-path=/x,share=on", "-M", "memory-backend=m0"]
         )
-        (backend,) = arguments.backends
+        (backend,) = arguments.objects
         assert (backend.kind, backend.id) == ("memory-backend-file", "m0")
         assert backend.properties == {"size": 16 << 20, "mem-path": "/x", "share": True}
         assert arguments.memory_backend == "m0"
 
     def test_a_memory_backend_in_json(self):
         text = '{"qom-type": "memory-backend-memfd", "id": "m0", "size": 4096, "seal": false}'
-        (backend,) = parse([*BASE, "-object", text]).backends
+        (backend,) = parse([*BASE, "-object", text]).objects
         assert backend.properties == {"size": 4096, "seal": False}
 
     @pytest.mark.parametrize("text", ["apic-common.vapic=off", "driver=apic-common,property=vapic,value=off"])
@@ -228,11 +248,46 @@ class TestMeaning:
         assert parse([*BASE, "-incoming", "defer", "-incoming", "unix:/x"]).incoming == "unix:/x"
 
     def test_actions(self):
-        plain, told = parse(BASE), parse([*BASE, "-no-reboot", "-no-shutdown"])
-        assert (plain.reboot, plain.shutdown) == (True, True)
-        assert (told.reboot, told.shutdown) == (False, False)
-        told = parse([*BASE, "-action", "reboot=shutdown,shutdown=pause"])
-        assert (told.reboot, told.shutdown) == (False, False)
+        assert parse(BASE).actions == Actions("reset", "poweroff", "shutdown", "reset")
+        assert parse([*BASE, "-no-reboot", "-no-shutdown"]).actions == Actions("shutdown", "pause")
+        told = parse([*BASE, "-action", "reboot=shutdown,shutdown=pause", "-action", "panic=none,watchdog=pause"])
+        assert told.actions == Actions("shutdown", "pause", "none", "pause")
+
+    def test_what_the_process_does_to_itself(self):
+        assert parse([*BASE, "-run-with", "exit-with-parent=on"]).run_with == RunWith(True)
+        assert parse([*BASE, "-run-with", "async-teardown=on,user=1:2,chroot=/x"]).run_with == RunWith(False, "/x", "1:2")
+
+    @pytest.mark.parametrize(
+        ("name", "wire_name", "split"),
+        [
+            ("q35", "qemumig-q35", (0xB0000000, 2 << 30)),
+            ("pc-q35-10.0,", "qemumig-q35", (0xB0000000, 2 << 30)),
+            ("pc", "qemumig-i440fx", (0xE0000000, 3 << 30)),
+            ("microvm", "microvm", (3 << 30, 3 << 30)),
+        ],
+    )
+    def test_machines_by_name_and_alias(self, name, wire_name, split):
+        kind = parse(["-M", name, "-bios", "x"]).machine_type
+        assert kind.wire_name == wire_name
+        limit, low = split
+        assert (kind.low_memory(limit - 1), kind.low_memory(limit)) == (limit - 1, low)
+
+    def test_a_pc_needs_no_firmware_and_takes_a_disk_in_all_spellings(self):
+        arguments = parse(["-M", "q35", "-hda", "a,b", "-drive", "file=c", "d"])
+        assert [(drive.option, drive.text) for drive in arguments.drives] == [
+            ("-hda a,b", "file=a,,b,if=ide,index=0,media=disk"),
+            ("-drive file=c", "file=c"),
+            ("d", "file=d,if=ide,index=0,media=disk"),
+        ]
+
+    def test_the_command_line_of_a_harness(self):
+        words = "-qtest unix:/q -qtest-log /dev/null -chardev socket,path=/m,id=char0 -mon chardev=char0,mode=control"
+        words += " -display none -audio none -run-with exit-with-parent=on -accel kvm -accel tcg -machine q35,"
+        words += " -machine memory-backend=m -object memory-backend-ram,id=m,size=4M -name source,debug-threads=on"
+        words += " -m 4M -serial file:/s -global migration.x-events=on -accel qtest"
+        arguments = parse(words.split())
+        assert (arguments.qtest, arguments.qtest_log) == ("unix:/q", "/dev/null")
+        assert (arguments.machine_type.alias, arguments.memory_backend, arguments.runs_guest) == ("q35", "m", True)
 
     def test_things_that_are_so_anyway(self):
         words = "-vga none -audio none -net none -nic none -parallel none -monitor none -L /tmp -msg timestamp=on"
@@ -244,7 +299,6 @@ class TestMeaning:
     [
         ("-nosuch", ["-nosuch: invalid option"]),
         ("--nosuch", ["--nosuch: invalid option"]),
-        ("/no/such.img", ["/no/such.img: Could not open '/no/such.img': No such file or directory"]),
         ("-m", ["-m: requires an argument"]),
         ("-m 16,foo=1", ["-m 16,foo=1: Invalid parameter 'foo'"]),
         ("-m 16M,slots=2", ["slots specified but no max-size"]),
@@ -304,7 +358,6 @@ class TestMeaning:
             "-object memory-backend-file,id=m,size=1M",
             ["-object memory-backend-file,id=m,size=1M: Parameter 'mem-path' is missing"],
         ),
-        ("-object memory-backend-ram,id=m,size=0", ["property 'size' of memory-backend-ram doesn't take value '0'"]),
         (
             "-object memory-backend-ram,id=m,size=1M -object memory-backend-ram,id=m,size=1M",
             ["-object memory-backend-ram,id=m,size=1M: Duplicate ID 'm' for object"],
@@ -315,14 +368,44 @@ class TestMeaning:
         ("-mon c0,mode=foo", ["-mon c0,mode=foo: Parameter 'mode' does not accept value 'foo'"]),
         ("-mon c0,pretty=on", ["-mon c0,pretty=on: 'pretty' is not compatible with HMP monitors"]),
         ("-mon c0,mode=control,foo=1", ["-mon c0,mode=control,foo=1: Invalid parameter 'foo'"]),
+        ("-incoming main", ["-incoming main: Parameter 'addr' is missing"]),
+        ("-incoming {", ["-incoming {: JSON parse error, premature EOI"]),
         (
-            "-monitor stdio",
-            ["-monitor stdio: the human monitor is not available: use -monitor none, and -qmp for QMP"],
+            "-incoming main,addr.transport=foo",
+            ["-incoming main,addr.transport=foo: Parameter 'transport' does not accept value 'foo'"],
+        ),
+        (
+            "-incoming cpr,addr.transport=exec,addr.args.0=x",
+            ["-incoming cpr,addr.transport=exec,addr.args.0=x: channels of type 'cpr' are not built"],
+        ),
+        ("-incoming defer -loadvm x", ["'incoming' and 'loadvm' options are mutually exclusive"]),
+        ("-loadvm x", ["no block device can store vmstate for snapshot"]),
+        ("-run-with foo=1", ["-run-with foo=1: Invalid parameter 'foo'"]),
+        ("-action panic=foo", ["-action panic=foo: Parameter 'panic' does not accept value 'foo'"]),
+        ("-msg foo=on", ["-msg foo=on: Invalid parameter 'foo'"]),
+        ("-boot order=z", ["Invalid boot device 'z'"]),
+        ("-boot foo=z", ["Parameter 'boot.foo' is unexpected"]),
+        ("-overcommit foo=1", ["-overcommit foo=1: Invalid parameter 'foo'"]),
+        ("-add-fd set=1", ["-add-fd set=1: fd option is required and must be non-negative"]),
+        ("-add-fd fd=1,set=1", ["-add-fd fd=1,set=1: fd cannot be a standard I/O stream"]),
+        ("-object foo,id=m", ["-object foo,id=m: Parameter 'qom-type' does not accept value 'foo'"]),
+        ("-object authz-list", ["-object authz-list: Parameter 'id' is missing"]),
+        (
+            "-object authz-list,id=a,rules.0.match=x",
+            ["-object authz-list,id=a,rules.0.match=x: Invalid parameter 'rules.0.match'"],
+        ),
+        (
+            "-object tls-creds-x509,id=t,dir=/x,verify-peer=maybe",
+            ["-object tls-creds-x509,id=t,dir=/x,verify-peer=maybe: Parameter 'verify-peer' expects 'on' or 'off'"],
+        ),
+        (
+            "-object authz-simple,id=a,identity=x -object authz-simple,id=a,identity=x",
+            ["-object authz-simple,id=a,identity=x: Duplicate ID 'a' for object"],
         ),
         ("-incoming foo", ["-incoming foo: Parameter 'channel-type' does not accept value 'foo'"]),
         (
             "-incoming main,addr.transport=socket",
-            ["-incoming main,addr.transport=socket: -incoming takes a URI here, not a channel description"],
+            ["-incoming main,addr.transport=socket: Parameter 'addr.type' is missing"],
         ),
         ("-name vm,bar=1", ["-name vm,bar=1: Invalid parameter 'bar'"]),
         ("-uuid xyz", ["-uuid xyz: failed to parse UUID string: wrong format"]),
@@ -391,13 +474,58 @@ def test_an_id_that_is_no_identifier_is_explained():
                 "leave it out or say 0"
             ],
         ),
+        (
+            ["-accel", "kvm,dirty-ring-size=3"],
+            ["-accel kvm,dirty-ring-size=3: dirty-ring-size must be a power of two."],
+        ),
+        (
+            ["-accel", "kvm,dirty-ring-size=16"],
+            [
+                "-accel kvm,dirty-ring-size=16: Enabling of KVM dirty ring failed: Invalid argument. "
+                "Suggested minimum value is 1024.",
+                "-accel kvm,dirty-ring-size=16: failed to initialize kvm: Input/output error",
+            ],
+        ),
+        (
+            ["-accel", "kvm,dirty-ring-size=131072"],
+            [
+                "-accel kvm,dirty-ring-size=131072: KVM dirty ring size 131072 too big (maximum is 65536).  "
+                "Please use a smaller value.",
+                "-accel kvm,dirty-ring-size=131072: failed to initialize kvm: Invalid argument",
+            ],
+        ),
+        (
+            ["-accel", "kvm,dirty-ring-size=x"],
+            ["-accel kvm,dirty-ring-size=x: Parameter 'dirty-ring-size' expects uint64"],
+        ),
+        (
+            ["-accel", "kvm,dirty-ring-size=-1", "-accel", "qtest"],
+            ["-accel kvm,dirty-ring-size=-1: Parameter 'dirty-ring-size' expects uint32_t"],
+        ),
+        (["-accel", "qtest,foo=1"], ["-accel qtest,foo=1: Property 'qtest-accel.foo' not found"]),
         (["-M", "accel=foo:bar"], ["invalid accelerator foo", "invalid accelerator bar"]),
     ],
 )
-def test_accelerators_that_cannot_be(argv, lines):
+def test_accelerators_that_cannot_be_are_told_why(argv, lines):
     with pytest.raises(UsageError) as caught:
         parse(["-bios", "x", *argv])
     assert list(caught.value.messages) == lines
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("-M none -smp 2", "Invalid SMP CPUs 2. The max CPUs supported by machine 'none' is 1"),
+        ("-M none -hda x", "machine 'none' has no place for devices"),
+        ("-M q35,foo=on", "Property 'pc-q35-10.0-machine.foo' not found"),
+        ("-M q35,acpi=auto", "Parameter 'acpi' expects 'on' or 'off'"),
+        ("-M pc-q35-9.9", 'unsupported machine type: "pc-q35-9.9"'),
+    ],
+)
+def test_what_another_machine_has_not(argv, line):
+    with pytest.raises(UsageError) as caught:
+        parse(argv.split())
+    assert list(caught.value.messages) == [line]
 
 
 def test_firmware_is_needed():
@@ -415,7 +543,10 @@ def test_firmware_is_needed():
         ("-M microvm,help", "kernel-irqchip"),
         ("-cpu help", "qemu64"),
         ("-accel help", "kvm"),
-        ("-object help", "memory-backend-memfd"),
+        ("-object help", "tls-creds-x509"),
+        ("-object authz-list,help", "policy="),
+        ("-M help", "not QEMU's device model"),
+        ("-M q35,help", "memory-backend"),
     ],
 )
 def test_help_in_its_places(argv, text):

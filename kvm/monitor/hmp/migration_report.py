@@ -144,7 +144,7 @@ async def info_migrate(session: HumanSession) -> str:
     properties = {name: session.shell.properties.migration_property(name) for name in _PROPERTIES}
     parts = [
         "globals:\n",
-        render(GLOBALS, {**properties, "only-migratable": False}),
+        render(GLOBALS, {**properties, "only-migratable": session.shell.only_migratable}),
         _blockers(record.get("blocked-reasons", [])),
         _status(record),
         render(STATISTICS, record),

@@ -64,6 +64,7 @@ class HumanShell:
         self.view = view
         self.properties = properties
         self.report = report
+        self.only_migratable = False  # nothing that cannot migrate may be there
         self.format = Format(1, "x", 4)  # of the last dump, whoever asked for it
         self.commands = CommandTable(registry)
         self.information = CommandTable(registry)  # what `info` can tell

@@ -70,10 +70,19 @@ def test_without_vapic_vcpus_follow_each_other(directory):
     house.close()
 
 
-def test_there_is_one_machine_type_and_it_is_the_default(house):
-    (machine,) = house.ask("query-machines")
-    assert (machine["name"], machine["is-default"], machine["default-ram-id"]) == ("microvm", True, "microvm.ram")
-    assert house.ask("query-machines", compat_props=True)[0]["compat-props"] == []
+def test_every_machine_type_is_listed_with_its_alias(house):
+    machines = {machine["name"]: machine for machine in house.ask("query-machines")}
+    assert {name: machine.get("alias") for name, machine in machines.items()} == {
+        "microvm": None,
+        "pc-q35-10.0": "q35",
+        "pc-i440fx-10.0": "pc",
+        "none": None,
+    }
+    assert [name for name, machine in machines.items() if machine.get("is-default")] == ["microvm"]
+    assert machines["microvm"]["default-ram-id"] == "microvm.ram"
+    assert machines["pc-q35-10.0"]["default-ram-id"] == "pc.ram"
+    assert "default-ram-id" not in machines["none"]
+    assert all(machine["compat-props"] == [] for machine in house.ask("query-machines", compat_props=True))
 
 
 def test_memory_backends_are_listed(house):

@@ -118,7 +118,9 @@ def test_types_are_listed_by_what_they_implement(client):
     assert sorted(listed(implements="memory-backend")) == sorted(backends)
     assert sorted(listed(implements="memory-backend", abstract=True)) == sorted([*backends, "memory-backend"])
     assert set(backends) <= set(listed(implements="user-creatable"))
-    assert sorted(listed(implements="accel")) == ["accel", "kvm-accel"]
+    assert sorted(listed(implements="accel")) == ["accel", "kvm-accel", "qtest-accel"]
+    machines = ["microvm-machine", "none-machine", "pc-i440fx-10.0-machine", "pc-q35-10.0-machine"]
+    assert sorted(listed(implements="machine", abstract=False)) == machines
     assert listed(implements="nosuch") == []
     assert "object" in listed(abstract=True) and "object" not in listed()
 

@@ -1,0 +1,200 @@
+"""A harness for QEMU drives two minimal PCs as it would drive QEMU's: start, machine probe, migration by every way, memory.
+
+The guest is the first sector of the disk: `A` once, then `B` again and again while it dirties its pages.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.boot_sector import complaint, page_addresses, write_disk
+from tests.support.harness import Harness, program
+from tests.support.host import qemumig_system
+from tests.support.vmm import wait_until
+
+pytestmark = [pytest.mark.needs("kvm"), pytest.mark.usefixtures("no_leaks")]
+
+PAGES = 256
+VERSIONED = re.compile(r"[a-z0-9]+-[a-z0-9]+-[0-9]+\.[0-9]+")
+
+
+class Bench:
+    """The programs of one test, all started with the same disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._harnesses: list[Harness] = []
+        self.disk = write_disk(directory / "bootsect", PAGES)
+
+    def start(self, name: str, arguments: str) -> Harness:
+        """A program with a harness's own arguments."""
+        made = Harness(program(qemumig_system()), self.directory, name, arguments)
+        self._harnesses.append(made)
+        return made
+
+    def machine(self, name: str, more: str = "", *, alias: str = "q35") -> Harness:
+        """A PC as migration tests start one."""
+        versioned = {"q35": "pc-q35-10.0", "pc": "pc-i440fx-10.0"}[alias]
+        disk = f"-drive if=none,id=d0,file={self.disk},format=raw -device ide-hd,drive=d0,secs=1,cyls=1,heads=1"
+        serial = f"-serial file:{self.serial_path(name)}"
+        return self.start(
+            name, f"-accel kvm -machine {versioned}, -name {name},debug-threads=on -m 150M {serial} {disk} {more}"
+        )
+
+    def serial_path(self, name: str) -> Path:
+        return self.directory / f"{name}_serial"
+
+    def serial(self, name: str) -> bytes:
+        path = self.serial_path(name)
+        return path.read_bytes() if path.exists() else b""
+
+    def wait_for_serial(self, name: str, letter: bytes) -> None:
+        """Until the guest has printed *letter*; it prints nothing but these two."""
+        wait_until(lambda: letter in self.serial(name), f"{name} prints {letter!r}")
+        assert set(self.serial(name)) <= set(b"AB"), self.serial(name)
+
+    def close(self) -> None:
+        for harness in self._harnesses:
+            harness.close()
+
+
+@pytest.fixture
+def bench(directory: Path) -> Iterator[Bench]:
+    bench = Bench(directory)
+    yield bench
+    bench.close()
+
+
+def wait_migrated(source: Harness) -> None:
+    def done() -> bool:
+        report = source.command("query-migrate")
+        assert report.get("status") not in ("failed", "cancelled"), report
+        return report.get("status") == "completed"
+
+    wait_until(done, "the migration completes")
+
+
+def check_pages(machine: Harness) -> None:
+    """Read the pages as a harness does: a byte each."""
+    counts = [machine.read(address, 1)[0] for address in page_addresses(PAGES)]
+    assert complaint(counts) == ""
+
+
+def test_the_probes_that_come_before_any_test(bench: Bench) -> None:
+    probe = bench.start("probe", "-machine none")
+    accelerators = probe.command("qom-list-types", implements="accel", abstract=False)
+    assert "kvm-accel" in [entry["name"] for entry in accelerators]
+    assert "tcg-accel" not in [entry["name"] for entry in accelerators]
+    machines = {entry.get("alias"): entry["name"] for entry in probe.command("query-machines")}
+    assert VERSIONED.fullmatch(machines["q35"]) and VERSIONED.fullmatch(machines["pc"])
+    types = {entry["name"] for entry in probe.command("qom-list-types", implements="machine", abstract=False)}
+    assert {f"{entry['name']}-machine" for entry in probe.command("query-machines")} == types
+    probe.quit()
+
+
+@pytest.mark.parametrize("way", ["unix", "tcp", "exec", "file", "fd"])
+def test_a_guest_moves_by_every_way(bench: Bench, way: str) -> None:
+    uri = {
+        "unix": f"unix:{bench.directory}/migsocket",
+        "tcp": "tcp:127.0.0.1:0",
+        "exec": f"exec:cat > {bench.directory}/migfile",
+        "file": f"file:{bench.directory}/migfile,offset=0x1000",
+        "fd": "fd:fd-mig",
+    }[way]
+    source = bench.machine("source", alias="pc" if way == "tcp" else "q35")
+    bench.wait_for_serial("source", b"B")
+    source.command("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    source.command("migrate-set-parameters", max_bandwidth=0, downtime_limit=1000)
+    if way in ("exec", "file"):  # the source first: what it wrote is read later
+        source.command("migrate", uri=uri)
+        wait_migrated(source)
+        uri = uri.replace("cat >", "cat")
+    destination = bench.machine("target", "-incoming defer", alias="pc" if way == "tcp" else "q35")
+    if way == "fd":
+        ends = socket.socketpair()
+        for harness, end in zip((source, destination), ends, strict=True):
+            harness.command("getfd", fdname="fd-mig", fds=(end.fileno(),))
+            end.close()
+    destination.command("migrate-incoming", uri=uri)
+    if way not in ("exec", "file"):
+        addresses = destination.command("query-migrate").get("socket-address", [])
+        where = f"tcp:127.0.0.1:{addresses[0]['port']}" if way == "tcp" else uri
+        source.command("migrate", uri=where)
+        wait_migrated(source)
+    source.event("STOP")
+    destination.event("RESUME")
+    assert source.command("query-status")["status"] == "postmigrate"
+    bench.wait_for_serial("target", b"B")
+    assert b"A" not in bench.serial("target")
+    assert bench.serial("source").count(b"A") == 1
+    destination.command("stop")
+    check_pages(destination)
+    for harness in (source, destination):
+        harness.quit()
+
+
+def test_a_destination_that_is_told_so_ends_with_status_1(bench: Bench) -> None:
+    source = bench.machine("source", alias="pc")
+    destination = bench.machine("target", f"-incoming unix:{bench.directory}/migsocket")
+    destination.expected_status = 1
+    source.command("migrate", uri=f"unix:{bench.directory}/migsocket")
+    wait_until(lambda: source.command("query-migrate").get("status") == "failed", "the source gives up")
+    destination.wait_end()
+    assert "qemumig-i440fx" in destination.log.read_text() and "qemumig-q35" in destination.log.read_text()
+    assert source.command("query-status")["status"] == "running"
+    source.quit()
+
+
+def test_a_guest_that_sleeps_arrives_asleep_and_wakes_there(bench: Bench) -> None:
+    write_disk(bench.disk, PAGES, suspends=True)
+    source = bench.machine("source")
+    source.event("SUSPEND")
+    assert source.command("query-status") == {"status": "suspended", "running": False}
+    destination = bench.machine("target", f"-incoming unix:{bench.directory}/migsocket")
+    source.command("migrate", uri=f"unix:{bench.directory}/migsocket")
+    wait_migrated(source)
+    source.event("STOP")
+    destination.event("RESUME")
+    assert destination.command("query-status")["status"] == "suspended"
+    assert bench.serial("source") == b"AB"
+    destination.command("system_wakeup")
+    destination.event("WAKEUP")
+    bench.wait_for_serial("target", b"B")
+    assert b"A" not in bench.serial("target")
+    destination.command("stop")
+    check_pages(destination)
+    destination.quit()
+    source.quit()
+
+
+def refusal(harness: Harness, name: str, **arguments: Any) -> str:
+    response = harness.ask(name, **arguments)
+    text: str = response["error"]["desc"]
+    return text
+
+
+def test_a_pause_keeps_a_guest_asleep_and_only_a_sleeper_can_be_woken(bench: Bench) -> None:
+    write_disk(bench.disk, PAGES, suspends=True)
+    machine = bench.machine("vm")
+    machine.event("SUSPEND")
+    machine.command("cont")
+    assert machine.command("query-status")["status"] == "suspended"
+    machine.command("stop")
+    machine.event("STOP")
+    assert machine.command("query-status")["status"] == "paused"
+    assert refusal(machine, "system_wakeup") == "Unable to wake up: guest is not in suspended state"
+    machine.command("cont")
+    machine.event("RESUME")
+    assert machine.command("query-status")["status"] == "suspended"
+    assert machine.command("query-current-machine") == {"wakeup-suspend-support": True}
+    machine.command("system_wakeup")
+    machine.event("WAKEUP")
+    wait_until(lambda: len(bench.serial("vm")) > 3, "the guest goes on")
+    assert refusal(machine, "system_wakeup") == "Unable to wake up: guest is not in suspended state"
+    machine.quit()
