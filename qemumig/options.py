@@ -42,7 +42,7 @@ CAPABILITIES = (
     Capability("release-ram", built=True),
     Capability("return-path", built=True, default=True),
     Capability("pause-before-switchover", built=True),
-    Capability("multifd"),
+    Capability("multifd", built=True),
     Capability("dirty-bitmaps"),
     Capability("postcopy-blocktime", built=True),
     Capability("late-block-activate", built=True),  # activation is always late, as in QEMU 10.0
@@ -94,22 +94,22 @@ PARAMETERS = (
     Parameter("avail-switchover-bandwidth", "size", 0, built=True),
     Parameter("downtime-limit", "uint64", 300, 0, 2000000, "an integer in the range of 0 to (2000 * 1000) ms", built=True),
     Parameter("x-checkpoint-delay", "uint32", 20000, 0, (1 << 32) - 1),
-    Parameter("multifd-channels", "uint8", 2, 1, 255, "a value between 1 and 255"),
+    Parameter("multifd-channels", "uint8", 2, 1, 255, "a value between 1 and 255", built=True),
     Parameter(
         *("xbzrle-cache-size", "size", 64 << 20, 4096, UINT64),
         *("a power of two no less than the target page size", True),
     ),
     Parameter("max-postcopy-bandwidth", "size", 0, built=True),
     Parameter("max-cpu-throttle", "uint8", 99, 1, 99, "an integer in the range of cpu_throttle_initial to 99", built=True),
-    Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd")),
-    Parameter("multifd-zlib-level", "uint8", 1, 0, 9, "a value between 0 and 9"),
+    Parameter("multifd-compression", "enum", "none", values=("none", "zlib", "zstd"), built=True),
+    Parameter("multifd-zlib-level", "uint8", 1, 0, 9, "a value between 0 and 9", built=True),
     Parameter("multifd-qatzip-level", "uint8", 1, 1, 9, "a value between 1 and 9"),
-    Parameter("multifd-zstd-level", "uint8", 1, 0, 20, "a value between 0 and 20"),
+    Parameter("multifd-zstd-level", "uint8", 1, 0, 20, "a value between 0 and 20", built=True),
     Parameter("block-bitmap-mapping", "bitmap-mapping", None),
     Parameter("x-vcpu-dirty-limit-period", "uint64", 1000, 1, 1000, "a value between 1 and 1000"),
     Parameter("vcpu-dirty-limit", "uint64", 1, 1, UINT64),
     Parameter("mode", "enum", "normal", values=("normal", "cpr-reboot", "cpr-transfer")),
-    Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd")),
+    Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd"), built=True),
     Parameter("direct-io", "bool", False, built=True),
 )
 
@@ -168,6 +168,8 @@ PROPERTIES: Mapping[str, Any] = {
     "send-configuration": True,
     "send-section-footer": True,
     "store-global-state": True,
+    "multifd-flush-after-each-section": False,  # QEMU before 8.1 knows nothing else
+    "multifd-clean-tls-termination": True,  # QEMU before 10.0 ends without a word
     "send-switchover-start": False,  # QEMU before 10.0 refuses the command; 10.0 takes a stream without it
     "x-clear-bitmap-shift": 14,
     "x-preempt-pre-7-2": False,  # urgent pages' channel connects at the start, and ends with a mark

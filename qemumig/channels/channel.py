@@ -53,8 +53,8 @@ def has_hung_up(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def wait_any(events: Mapping[int, int], quit_fd: int) -> list[int]:
-    """Sleep until some descriptor of *events* (descriptor: select.POLLIN, …) is ready; those that are.
+def wait_any(events: Mapping[int, int], quit_fd: int, timeout_ms: int | None = None) -> list[int]:
+    """Sleep until some descriptor of *events* (descriptor: select.POLLIN, …) is ready; those that are, none after the time.
 
     Raises MigrationCancelled when told to quit instead.
     """
@@ -62,7 +62,7 @@ def wait_any(events: Mapping[int, int], quit_fd: int) -> list[int]:
     poll.register(quit_fd, select.POLLIN)
     for fd, wanted in events.items():
         poll.register(fd, wanted)
-    ready = [fd for fd, _ in poll.poll()]
+    ready = [fd for fd, _ in poll.poll(timeout_ms)]
     if quit_fd in ready:
         raise MigrationCancelled("the migration was cancelled")
     return ready
@@ -89,6 +89,7 @@ class Channel:
     """
 
     stored = False
+    announces_end = True  # where the transport has a last word (TLS): whether `close` says it
     carrier: Carrier | None = None  # what enciphers the bytes on their way, where something does
 
     def __init__(self, kind: str, name: str, read_fd: int, write_fd: int, quit_fd: int, *, can_return: bool) -> None:
@@ -100,6 +101,16 @@ class Channel:
         self.can_return = can_return
         for fd in {read_fd, write_fd} - {-1}:
             os.set_blocking(fd, False)
+
+    def read_some(self, limit: int) -> bytes | None:
+        """What is there to read, at most *limit* bytes; b"" at the end of the stream, None when nothing is there yet.
+
+        OSError when the connection is broken.
+        """
+        try:
+            return os.read(self.read_fd, limit)
+        except BlockingIOError:
+            return None
 
     def is_two_way(self) -> bool:
         """Whether bytes can be read here as well as written, whatever the other side does with them."""

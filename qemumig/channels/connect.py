@@ -7,7 +7,7 @@ Incoming   `incoming(address)` binds at once and gives back a Listener, whose `a
 Both take what TLS asks for (tls.py): the source's handshake is part of its act of connecting, the destination's are done
 by the listener, many at once.
 
-A listener goes away with the first channel: there is one channel until multifd, and a second sender has nothing to add.
+A listener goes away with the first channel, unless there are to be more: then it stays to tell who is one too many.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,12 @@ def _incoming_fd(address: FdAddress, take_fd: TakeFd) -> int:
 
 
 class Listener:
-    """Where the main channel comes from; here one that is open already."""
+    """Where the main channel comes from; here one that is open already.
+
+    *takes_more*: others may come behind it.
+    """
+
+    takes_more = False
 
     def __init__(self, channel: Channel | None, tls: Callable[[], TlsServer | None] = no_tls) -> None:
         self._channel = channel
@@ -168,6 +173,13 @@ class Listener:
         channel, self._channel = self._channel, None
         assert channel is not None, "accept() called twice"
         return _encipher(channel, self._tls)
+
+    def accept_among(self, events: Mapping[int, int], timeout_ms: int | None = None) -> Channel | None:
+        """The next channel; None when one of *events* (descriptor: select.POLLIN, …) or the end of the time comes first."""
+        return self.accept()
+
+    def expect(self, channels: int) -> None:
+        """Make room for that many to come at once."""
 
     def socket_addresses(self) -> list[dict[str, Any]]:
         """Where it listens, in QAPI's form (qmp.md §5); empty for what is no socket."""
@@ -182,6 +194,8 @@ class Listener:
 
 class SocketListener(Listener):
     """Listening sockets; the path of a unix socket goes away with them."""
+
+    takes_more = True
 
     def __init__(
         self,
@@ -198,28 +212,40 @@ class SocketListener(Listener):
         for sock in sockets:
             trace.qio_channel_socket_listen_complete(str(address), sock.fileno())
         self._reception: Reception | None = None
+        self._expected = 1  # channels that may come at once
 
     def accept(self, *, speaks: bool = True) -> Channel:
         """The next channel; with TLS one whose peer has proved who it is.
 
         *speaks*: the peer sends the first byte.  With TLS, a peer that leaves before that is as good as none.
         """
-        while True:
-            if self._reception is not None and (enciphered := self._reception.take()) is not None:
-                return enciphered
-            connection = self._next_connection()
-            if connection is None:
-                continue
+        while (channel := self.accept_among({}, speaks=speaks)) is None:
+            pass
+        return channel
+
+    def accept_among(
+        self, events: Mapping[int, int], timeout_ms: int | None = None, *, speaks: bool = True
+    ) -> Channel | None:
+        if self._reception is not None and (enciphered := self._reception.take()) is not None:
+            return enciphered
+        connection = self._next_connection(events, timeout_ms)
+        if connection is not None:
             server = self._server_for(connection)
             if server is None:
                 return connection
             self._receive(connection, server, speaks)
+        return self._reception.take() if self._reception is not None else None
 
-    def _next_connection(self) -> Channel | None:
-        """Wait for something; a connection when that was one, else None after a step of some handshake."""
+    def expect(self, channels: int) -> None:
+        self._expected = channels
+        for sock in self._sockets:
+            sock.listen(channels)
+
+    def _next_connection(self, events: Mapping[int, int], timeout_ms: int | None) -> Channel | None:
+        """Wait for something; a connection when that was one, else None, maybe after a step of some handshake."""
         listening = {sock.fileno(): sock for sock in self._sockets}
         handshakes = self._reception.waits() if self._reception is not None else {}
-        ready = wait_any(dict.fromkeys(listening, select.POLLIN) | handshakes, self._quit_fd)
+        ready = wait_any({**dict.fromkeys(listening, select.POLLIN), **handshakes, **events}, self._quit_fd, timeout_ms)
         if self._reception is not None:
             self._reception.advance(ready)
         arrived = next((listening[fd] for fd in ready if fd in listening), None)
@@ -243,7 +269,7 @@ class SocketListener(Listener):
         if self._reception is None:
             from .tls import Reception
 
-            self._reception = Reception()
+            self._reception = Reception(room=self._expected)
         self._reception.admit(connection, server, speaks=speaks)
 
     def socket_addresses(self) -> list[dict[str, Any]]:

@@ -30,7 +30,9 @@ from .credentials import CLIENT, SERVER, Credentials
 from .objects import FindObject
 from .openssl import NAME_MISMATCH, X509_V_OK, Connection, TlsError, verification_text
 
-MOST_HANDSHAKES = 32  # under way at once; one more pushes the oldest out: an honest one takes milliseconds
+MOST_HANDSHAKES = (
+    31  # under way at once besides the expected; one more pushes the oldest out: honest ones take milliseconds
+)
 LAST_RECORD_MS = 1000  # how long the end of the connection may wait for room on the way
 
 
@@ -41,6 +43,11 @@ class TlsChannel(Channel):
         super().__init__(inner.kind, inner.name, inner.read_fd, inner.write_fd, inner.quit_fd, can_return=inner.can_return)
         self.carrier = self._session = connection.session(inner.quit_fd)
         self._inner = inner
+
+    def read_some(self, limit: int) -> bytes | None:
+        target = bytearray(limit)
+        length = self._session.try_read(target)
+        return None if length < 0 else bytes(target[:length])
 
     def is_silent(self) -> int:
         """0 when the peer has sent something; else POLLIN or POLLOUT, to be waited for.
@@ -61,7 +68,7 @@ class TlsChannel(Channel):
 
     def close(self) -> None:
         """Announce the end, unless the way is blocked for good, and give the descriptors back."""
-        want = self._session.announce_end()
+        want = self._session.announce_end() if self.announces_end else 0
         if want:
             poll = select.poll()
             poll.register(self.write_fd, select.POLLOUT)
@@ -188,9 +195,10 @@ class TlsServer:
 
 
 class Reception:
-    """The handshakes of one listener."""
+    """The handshakes of one listener; *room*: how many honest peers may come at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1) -> None:
+        self._most = MOST_HANDSHAKES + room
         self._pending: list[Handshake] = []  # the oldest first
         self._done: deque[TlsChannel] = deque()
 
@@ -199,8 +207,8 @@ class Reception:
 
         *speaks*: the peer sends the first byte, as on the main channel; one that never does is never let in.
         """
-        if len(self._pending) == MOST_HANDSHAKES:
-            _complain(f"TLS handshake failed: {MOST_HANDSHAKES} others have begun since, the oldest is dropped")
+        if len(self._pending) == self._most:
+            _complain(f"TLS handshake failed: {self._most} others have begun since, the oldest is dropped")
             self._pending.pop(0).close()
         handshake = server.begin(channel, speaks=speaks)
         self._pending.append(handshake)

@@ -27,12 +27,14 @@ from ..channels.connect import Listener, incoming, no_object, tls_of_destination
 from ..channels.file import OpenPath, no_path
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
 from ..machine import Machine
+from ..multifd.arrivals import Arrivals
+from ..multifd.receivers import Receivers
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
+from ..ram.landing import Landing
 from ..savevm import commands, remedies
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
-from ..wire.stream import InputStream
 from .loader import StreamLoader
 from .postcopy import Phase, PostcopyDestination
 
@@ -76,6 +78,7 @@ class IncomingMigration:
         self._quit: QuitEvent | None = None
         self._listener: Listener | None = None
         self._channel: Channel | None = None
+        self._arrivals: Arrivals | None = None
         self._loader: StreamLoader | None = None
         self._postcopy: PostcopyDestination | None = None
         self._blocktime: dict[str, Any] = {}  # of a postcopy that is over
@@ -157,7 +160,7 @@ class IncomingMigration:
         try:
             self._take_guest()
         except MigrationCancelled as error:
-            self._fail(error)
+            self._fail(self._receivers_error() or error)
         except (StreamError, ChannelError) as error:
             self._fail(self._explained(error))
         except MigrationError as error:
@@ -177,9 +180,13 @@ class IncomingMigration:
             print(message, file=sys.stderr)
 
     def _take_guest(self) -> None:
-        assert self._listener is not None
-        assert self._quit is not None
-        self._channel = self._listener.accept()
+        assert self._listener is not None and self._quit is not None
+        arrivals = self._arrivals = Arrivals(self._listener, self._options, self._machine.uuid)
+        try:
+            arrivals.gather()
+        finally:
+            self._channel = arrivals.main
+        assert self._channel is not None and arrivals.stream is not None
         trace.migration_set_incoming_channel(self._channel.kind, self._channel.name)
         self._postcopy = PostcopyDestination(
             self._machine,
@@ -189,20 +196,24 @@ class IncomingMigration:
             listener=self._listener,
             quit_event=self._quit,
         )
-        if not self._options.capability("postcopy-preempt"):
+        if not self._options.capability("postcopy-preempt") and not arrivals.channels:
             self._listener.close()
         self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         loader = self._loader = StreamLoader(
             self._machine,
             self._options,
-            InputStream(self._channel),
+            arrivals.stream,
             open_return_path=self._open_return_path,
             pong=self._pong,
             look_round=self._look_round,
             postcopy=self._postcopy,
             settle=self._settle,
+            receive=self._receive if arrivals.channels else None,
         )
         loader.load()
+        if loader.receivers is not None:
+            arrivals.check_surplus()
+            loader.receivers.complete()
         if loader.handed_over:
             self._run_postcopy()
             return
@@ -269,6 +280,28 @@ class IncomingMigration:
         self._postcopy.recover(
             lambda quit_fd: incoming(address, quit_fd, self._take_fd, tls=self._tls, open_path=self._open_path)
         )
+
+    def _receive(self, landing: Landing) -> Receivers:
+        """Begin to load from the channels of multifd."""
+        assert self._arrivals is not None and self._quit is not None
+        receivers = Receivers(self._arrivals.channels, landing, self._options, self._quit.fd, self._quit.set)
+        if not self._options.capability("postcopy-preempt"):  # then one more is to come
+            self._arrivals.watch(receivers.fail)
+        return receivers
+
+    def _receivers_error(self) -> MigrationError | None:
+        receivers = self._loader.receivers if self._loader is not None else None
+        return receivers.error if receivers is not None else None
+
+    def _stop_receivers(self) -> None:
+        """Nobody else writes to guest memory or uses a channel any more."""
+        assert self._quit is not None
+        self._quit.set()
+        if self._loader is not None and self._loader.receivers is not None:
+            self._loader.receivers.stop()
+        if self._arrivals is not None:
+            self._arrivals.close()
+            self._arrivals = None
 
     def _look_round(self) -> None:
         assert self._quit is not None
@@ -344,12 +377,13 @@ class IncomingMigration:
             self._postcopy.release_waiters()
             with contextlib.suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))
+        self._stop_receivers()
         self._machine.discard_ram()
         self._states.advance_from_any(MigrationStatus.FAILED)
 
     def _clean_up(self) -> None:
         assert self._quit is not None
-        self._quit.set()
+        self._stop_receivers()
         if self._postcopy is not None:
             self._blocktime = describe_blocktime(self._postcopy, self._options)
             self._postcopy.close()

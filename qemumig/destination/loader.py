@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .. import trace
 from ..errors import MachineError, StreamError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
+from ..multifd.receivers import Receivers
 from ..options import MigrationOptions
 from ..qapi import RunState
 from ..ram import live
@@ -49,7 +50,8 @@ class StreamLoader:
 
     *open_return_path* is called when the source asks for it, *pong* answers its pings; *look_round* is called now and
     then and may raise to end the load.  *postcopy* obeys the commands of postcopy; None: they are refused.  Device state
-    that comes in a package is handed to *settle* before the next ping is answered.
+    that comes in a package is handed to *settle* before the next ping is answered.  *receive* begins to load from further
+    channels, where there are any.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class StreamLoader:
         look_round: Callable[[], None],
         postcopy: PostcopyDestination | None = None,
         settle: Callable[[], None] = lambda: None,
+        receive: Callable[[Landing], Receivers] | None = None,
     ) -> None:
         self._machine = machine
         self._options = options
@@ -76,7 +79,9 @@ class StreamLoader:
         self._is_package = False
         self._table: SectionTable[DeviceSection | None] = SectionTable(self._entries())
         self.landing = Landing(machine.ram_blocks, ignore_shared=options.capability("x-ignore-shared"))
-        self.ram: RamLoader | PageReceiver = RamLoader(stream, self.landing)
+        self.receivers = receive(self.landing) if receive is not None else None
+        on_flush = self.receivers.flush if self.receivers is not None else None
+        self.ram: RamLoader | PageReceiver = RamLoader(stream, self.landing, on_flush)
         self.staged: list[tuple[DeviceSection, Any]] = []
         self.places: dict[tuple[str, int], int] = {}  # where in the stream each staged section began
         self.runstate: RunState | None = None  # of the source, as its section globalstate says
@@ -213,6 +218,8 @@ class StreamLoader:
             )
         if section is None:
             self.ram.load_body(self._look_round)
+            if self.receivers is not None:
+                self.receivers.end_section()
         elif kind in WITH_IDENTITY:
             self._stage(section, bound.version_id, offset)
         else:
@@ -238,7 +245,7 @@ class StreamLoader:
     @property
     def has_contents(self) -> bool:
         """Whether any page has come that is not zero."""
-        return self.ram.normal_pages > 0
+        return self.ram.normal_pages > 0 or (self.receivers is not None and self.receivers.normal_pages > 0)
 
     def placed(self, error: MachineError) -> MachineError:
         """*error*, by which the machine could not take `staged`, with the place in the stream of what it refused."""

@@ -84,6 +84,21 @@ class RamSource:
         return self._out.offset
 
     @property
+    def zero_pages(self) -> int:
+        """Sent as such."""
+        return self.sender.zero_pages
+
+    @property
+    def normal_pages(self) -> int:
+        """Sent in full, also compressed."""
+        return self.sender.normal_pages
+
+    @property
+    def multifd_bytes(self) -> int:
+        """Of `sent_bytes`, those on further channels."""
+        return 0
+
+    @property
     def sent_pages(self) -> int:
         """Pages dealt with: sent in one form or another, or found to be at the destination already."""
         return self.sender.handled_pages
@@ -94,7 +109,7 @@ class RamSource:
         self._out.write_be64(total | RamSaveFlag.RAM_SAVE_FLAG_MEM_SIZE)
         for block in self._listed:
             self.write_entry(block)
-        self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+        self._end_body()
 
     def write_entry(self, block: RAMBlock) -> None:
         """One entry of the block list."""
@@ -108,9 +123,17 @@ class RamSource:
         self._follow_cache_size()
         deadline = time.monotonic() + PART_DURATION_S
         end = self.sent_bytes + allowance
-        while self.sent_bytes < end and not self.sender.send(min(STEP_BYTES, end - self.sent_bytes), STEP_PAGES):
+        while (left := end - self.sent_bytes) > 0 and not self._send_step(min(STEP_BYTES, left)):
             if time.monotonic() > deadline:
                 break
+        self._end_body()
+
+    def _send_step(self, limit: int) -> bool:
+        """Send about *limit* bytes; True when nothing is left."""
+        return self.sender.send(limit, STEP_PAGES)
+
+    def _end_body(self) -> None:
+        """End the body of a section."""
         self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
 
     def finish_pages(self) -> None:
@@ -144,7 +167,7 @@ class RamSource:
         while not self.sender.send(UNLIMITED, STEP_PAGES):
             pass
         self.finish_pages()
-        self._out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+        self._end_body()
 
 
 def new_cache(size: int) -> PageCache:

@@ -37,7 +37,7 @@ from ..wire.stream cimport STREAM_OK, OutputStream, put_be16, put_be64
 from .bitmap cimport clear_bit, test_bit
 from .cache cimport SEND_DELTA, SEND_NOTHING, PageCache, Verdict
 from .dirty cimport DirtyPages
-from .search cimport Walk, next_dirty_page
+from .search cimport next_dirty_page
 
 cdef enum SaveStatus:
     SAVE_LIMIT = 0                # sent what was allowed
@@ -54,22 +54,7 @@ cdef enum:
 cdef class PageSender:
     """Sends the pages of *dirty* to *out*; see save.pyi."""
 
-    cdef readonly DirtyPages dirty
-    cdef readonly OutputStream out
-    cdef Walk walk
-    cdef int last_block               # of the previous record on this stream; −1: none yet
-    cdef list names                   # counted strings, kept alive for …
-    cdef const uint8_t *name_table[256]
-    cdef size_t name_length[256]
-    cdef uint64_t first_page[256]     # of the block, when the pages of all blocks are numbered through
-    cdef PageCache cache              # None: pages go out whole
-    cdef public bint last_stage       # the guest is stopped: nothing enters the cache any more
-    cdef readonly uint64_t zero_pages
-    cdef readonly uint64_t normal_pages
-    cdef readonly uint64_t handled_pages
-    cdef int stream_status
-
-    def __cinit__(self, DirtyPages dirty not None, OutputStream out not None):
+    def __cinit__(self, DirtyPages dirty not None, OutputStream out not None, *args, **more):
         cdef int index
         cdef bytes name
         cdef uint64_t pages = 0
@@ -106,6 +91,10 @@ cdef class PageSender:
         memcpy(head + 8, self.name_table[block], self.name_length[block])
         self.last_block = block
         return 8 + self.name_length[block]
+
+    cdef uint64_t sent_bytes(self) noexcept nogil:
+        """What the byte limit of `send` is about."""
+        return self.out.offset
 
     cdef bint encodes(self) noexcept nogil:
         """Whether pages go through the cache now."""
@@ -165,10 +154,10 @@ cdef class PageSender:
         return self.out.put(verdict.delta, verdict.length)
 
     cdef int send_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil:
-        cdef uint64_t last_offset = self.out.offset + byte_limit
+        cdef uint64_t last_offset = self.sent_bytes() + byte_limit
         cdef uint64_t sent = 0
         while next_dirty_page(&self.walk, self.dirty):
-            if self.out.offset >= last_offset or sent == page_limit:
+            if self.sent_bytes() >= last_offset or sent == page_limit:
                 return SAVE_LIMIT
             block = &self.dirty.table[self.walk.block]
             if test_bit(block.unvisited, self.walk.page >> self.dirty.chunk_shift):
@@ -187,19 +176,23 @@ cdef class PageSender:
 
     def send(self, uint64_t byte_limit, uint64_t page_limit) -> bool:
         """Send dirty pages, about *byte_limit* bytes and at most *page_limit* pages; True when none is left."""
-        cdef uint64_t last_offset = self.out.offset + byte_limit
+        cdef uint64_t last_offset = self.sent_bytes() + byte_limit
         cdef uint64_t before = self.handled_pages
         cdef uint64_t sent
         cdef int status
         while True:
             sent = self.handled_pages - before
-            if self.out.offset >= last_offset or sent >= page_limit:
+            if self.sent_bytes() >= last_offset or sent >= page_limit:
                 return self.dirty.remaining == 0
             with nogil:
-                status = self.send_some(last_offset - self.out.offset, page_limit - sent)
+                status = self.send_some(last_offset - self.sent_bytes(), page_limit - sent)
             if status == SAVE_VISIT:
                 self.dirty.visit_chunk(self.walk.block, self.walk.page)
             elif status == SAVE_FAILED:
-                self.out.raise_on(self.stream_status)
+                self.raise_failure()
             else:
                 return status == SAVE_CLEAN
+
+    def raise_failure(self):
+        """Raise why the last page could not be sent."""
+        self.out.raise_on(self.stream_status)

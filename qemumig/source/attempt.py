@@ -31,10 +31,12 @@ from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError, StreamError
 from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
+from ..multifd.senders import Senders
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
-from ..ram import live
+from ..ram import live, live_multifd
 from ..ram.live import RamSource
+from ..ram.live_multifd import MultifdRamSource
 from ..ram.mapped import MappedRamSource
 from ..savevm import commands, sections, vmdesc
 from ..savevm.devices.globalstate import GlobalState
@@ -98,6 +100,7 @@ class Attempt:
         self._broken = False  # before there was a connection
         self._channel: Channel | None = None
         self._return_path: ReturnPath | None = None
+        self._senders: Senders | None = None  # of multifd
         self._noted_runstate: RunState | None = None  # before the guest was stopped for the switchover
         self._logging = False
         self._stop_s = 0.0
@@ -152,7 +155,7 @@ class Attempt:
         try:
             self._migrate()
         except MigrationCancelled:
-            self._give_up(ChannelError("the connection was broken off before it was made") if self._broken else None)
+            self._give_up(self._reason_to_quit())
         except MigrationError as error:
             self._give_up(error)
         except Exception as error:  # a defect of ours must not leave the guest stopped
@@ -162,6 +165,12 @@ class Attempt:
             trace.migration_thread_after_loop()
             self._clean_up()
             trace.migration_cleanup()
+
+    def _reason_to_quit(self) -> MigrationError | None:
+        """Why everybody was told to quit, when it was no cancel."""
+        if self._broken:
+            return ChannelError("the connection was broken off before it was made")
+        return self._senders.error if self._senders is not None else None
 
     def _migrate(self) -> None:
         setup_start_s = time.monotonic()
@@ -194,6 +203,15 @@ class Attempt:
         if self._wants_return_path(channel):
             self._return_path = ReturnPath(channel, self._return_path_has_ended)
             self._return_path.start()
+        if self.options.capability("multifd") and not self.options.capability("mapped-ram"):
+            self._open_senders()
+
+    def _open_senders(self) -> None:
+        """Open the channels of multifd, behind the main one."""
+        in_channels = live_multifd.zero_page_detection(self.options) == "multifd"
+        self._senders = Senders(self.options, detects_zero=in_channels, on_failure=self._quit.set)
+        is_busy = self.machine.runstate is RunState.RUNNING
+        self._senders.open(self._open_channel, self.machine.uuid, shares_core=is_busy)
 
     def _return_path_has_ended(self) -> None:
         """Who does not answer any more will never have the guest: let nobody wait for room on the way there."""
@@ -223,8 +241,7 @@ class Attempt:
         machine, options = self.machine, self.options
         self._logging = True
         machine.dirty_log.start()
-        kind = MappedRamSource if options.capability("mapped-ram") else RamSource
-        self.ram = kind(machine.ram_blocks, machine.dirty_log, self.out, options)
+        self.ram = self._new_ram()
         self._sync()
         trace.savevm_state_header()
         self.out.write(sections.encode_file_header())
@@ -243,15 +260,24 @@ class Attempt:
         self._end_section()
         self.pacer.restart(self.ram.sent_bytes, 0)
 
+    def _new_ram(self) -> RamSource:
+        """All of RAM, on the way that the capabilities ask for."""
+        assert self.out is not None
+        what = self.machine.ram_blocks, self.machine.dirty_log, self.out, self.options
+        if self._senders is not None:
+            return MultifdRamSource(*what, self._senders)
+        return MappedRamSource(*what) if self.options.capability("mapped-ram") else RamSource(*what)
+
     def _send_rounds(self) -> None:
         """Send PARTs until what is left can be sent while the guest stands still."""
         assert self.out is not None and self.ram is not None
         rule = SwitchoverRule()
         while True:
-            allowance = self.pacer.allowance(self.ram.sent_bytes)
+            sent = self.ram.sent_bytes
+            allowance = self.pacer.allowance(sent)
             if allowance:
-                threshold = self.pacer.threshold(self.ram.sent_bytes)
-                bandwidth = self.pacer.current_bandwidth(self.ram.sent_bytes)
+                threshold = self.pacer.threshold(sent)
+                bandwidth = self.pacer.current_bandwidth(sent)
                 if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
                     trace.migrate_pending_exact(self.ram.remaining, int(threshold), int(bandwidth))
@@ -264,7 +290,7 @@ class Attempt:
                 self._begin(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
                 self._end_section()
-                self.precopy_bytes = self.ram.sent_bytes
+                self.precopy_bytes = self.ram.sent_bytes - self.ram.multifd_bytes
             if self._quit.is_set():
                 raise MigrationCancelled("the migration was cancelled")
             if not self.pacer.allowance(self.ram.sent_bytes):
@@ -473,6 +499,8 @@ class Attempt:
         self._end_logging()
         if self._states.status is not MigrationStatus.COMPLETED:
             self._quit.set()
+        if self._senders is not None:
+            self._senders.close()
         if self._channel is not None:
             if self._return_path is not None:
                 self._channel.shutdown()

@@ -69,8 +69,8 @@ class Migration:
     def start(self, address: Address) -> None:
         """Begin to migrate to *address*; returns as soon as connecting has begun.
 
-        Raises StateError when the machine or an earlier migration is in the way, ChannelError when the channel cannot
-        even be opened; then the status is `failed`.
+        Raises StateError when the machine or an earlier migration is in the way, OptionError when the address cannot
+        carry what the options ask for, ChannelError when the channel cannot even be opened; then the status is `failed`.
         """
         self._check_state()
         if self._options.capability("postcopy-ram"):

@@ -50,6 +50,8 @@ class InputStream:
         """Exactly *length* bytes."""
     def fill(self, target: bytearray | memoryview, what: str = "a field") -> None:
         """As many bytes as *target* has, straight into it."""
+    def give_back(self, data: bytes) -> None:
+        """Let *data*, which somebody has read from the channel before the stream was made, come first."""
     def peek(self, length: int) -> bytes:
         """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""
     def read_u8(self, what: str = "a field") -> int: ...

@@ -404,6 +404,13 @@ cdef class InputStream:
                 status = self.read_into(&target[0], target.shape[0])
         self.raise_on(status, what)
 
+    def give_back(self, const uint8_t[::1] data not None):
+        """Let *data*, which somebody has read from the channel before, come first; see stream.pyi."""
+        if self.end or <size_t> data.shape[0] > self.capacity:
+            raise ValueError(f"{data.shape[0]} bytes cannot be given back any more")
+        memcpy(self.buffer, &data[0], data.shape[0])
+        self.end = data.shape[0]
+
     def peek(self, size_t length) -> bytes:
         """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""
         cdef int status

@@ -186,7 +186,7 @@ def test_global_properties_by_qemus_names() -> None:
         ("x-max-bandwidth", "fast", "expects a number"),
         ("x-max-bandwidth", "-1", "expects uint64"),
         ("x-downtime-limit", "2000001", "an integer in the range of 0 to"),
-        ("x-multifd", "on", "capability 'multifd' is not built"),
+        ("x-x-colo", "on", "capability 'x-colo' is not built"),
     ],
 )
 def test_a_bad_property_is_refused(name: str, value: str, finding: str) -> None:

@@ -1,0 +1,324 @@
+"""Streams of compressed data, one a channel and as long as the migration: zlib and zstd (multifd.md §7).
+
+In    the pages of one packet, some at a time
+Out   the packet's bytes, flushed so that the other side can decompress all of them; the stream goes on in the next packet
+
+    compressor     begin(target) · feed(data) · feed(data, last) ─▶ produced
+    decompressor   begin(source) · fill(target) · fill(target)   ─▶ is_used_up
+
+The libraries are the system's own, found by name (libraries.py): they are called without the GIL for a whole packet, and
+decompress straight into guest RAM.
+
+Threads   one object a channel, used by its thread; no GIL inside.
+Holds     (1) nothing is written past the target, nothing read past the source
+          (2) the guest may write to a page while it is compressed: zlib, which does not expect that, gets a copy; zstd
+              makes one itself
+          (3) after a failure the object is of no use any more
+"""
+
+from libc.stdint cimport uint8_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from .libraries import ZLIB, ZSTD, functions_of
+
+cdef enum:
+    COPY_SIZE = 0x8000            # bytes that are copied and compressed at a time: they stay in the first-level cache
+
+# the libraries', from their stable interfaces
+cdef enum:
+    Z_NO_FLUSH = 0
+    Z_SYNC_FLUSH = 2
+    Z_OK = 0
+    Z_BUF_ERROR = -5              # no progress was possible
+    ZSTD_c_compressionLevel = 100
+    ZSTD_e_continue = 0
+    ZSTD_e_flush = 1
+
+cdef struct ZStream:
+    const uint8_t *next_in
+    unsigned int avail_in
+    unsigned long total_in
+    uint8_t *next_out
+    unsigned int avail_out
+    unsigned long total_out
+    const char *msg
+    void *state
+    void *zalloc
+    void *zfree
+    void *opaque
+    int data_type
+    unsigned long adler
+    unsigned long reserved
+
+cdef struct ZstdIn:
+    const void *src
+    size_t size
+    size_t pos
+
+cdef struct ZstdOut:
+    void *dst
+    size_t size
+    size_t pos
+
+ctypedef int (*ZInit)(ZStream *, const char *, int) noexcept nogil
+ctypedef int (*ZDeflateInit)(ZStream *, int, const char *, int) noexcept nogil
+ctypedef int (*ZStep)(ZStream *, int) noexcept nogil
+ctypedef int (*ZEnd)(ZStream *) noexcept nogil
+ctypedef void *(*ZstdCreate)() noexcept nogil
+ctypedef size_t (*ZstdFree)(void *) noexcept nogil
+ctypedef size_t (*ZstdSet)(void *, int, int) noexcept nogil
+ctypedef size_t (*ZstdCompress)(void *, ZstdOut *, ZstdIn *, int) noexcept nogil
+ctypedef size_t (*ZstdDecompress)(void *, ZstdOut *, ZstdIn *) noexcept nogil
+ctypedef unsigned int (*ZstdIsError)(size_t) noexcept nogil
+ctypedef const char *(*ZstdErrorName)(size_t) noexcept nogil
+
+
+cdef class Compressor:
+    """One stream of compressed data; a subclass overrides `feed` and `failure`."""
+
+    cdef void begin(self, uint8_t *target, size_t capacity) noexcept nogil:
+        """Begin a packet, which goes to *target*."""
+        self.target = target
+        self.capacity = capacity
+        self.produced = 0
+
+    cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
+        """Compress *data*; *last*: the packet ends with it."""
+        return CODEC_FAILED
+
+    cdef str failure(self):
+        return "this compressor compresses nothing"
+
+    def compress(self, const uint8_t[::1] data not None, size_t capacity=0x100000) -> bytes:
+        """One packet of *data*; see compress.pyi."""
+        cdef bytearray target = bytearray(capacity)
+        cdef uint8_t[::1] view = target
+        cdef int status
+        self.begin(&view[0], capacity)
+        with nogil:
+            status = self.feed(&data[0], data.shape[0], True)
+        if status != CODEC_OK:
+            raise ValueError(f"{data.shape[0]} bytes do not compress into {capacity}: {self.failure()}")
+        return bytes(target[:self.produced])
+
+
+cdef class Decompressor:
+    """The other end of such a stream; a subclass overrides `fill` and `failure`."""
+
+    cdef void begin(self, const uint8_t *source, size_t length) noexcept nogil:
+        """Begin with the packet at *source*."""
+        self.source = source
+        self.length = length
+        self.consumed = 0
+
+    cdef int fill(self, uint8_t *target, size_t length) noexcept nogil:
+        """The next *length* bytes of the packet's contents into *target*."""
+        return CODEC_FAILED
+
+    cdef bint is_used_up(self) noexcept nogil:
+        """Whether the packet holds nothing else than what was asked for."""
+        cdef uint8_t byte
+        if self.consumed < self.length:
+            self.fill(&byte, 0)  # what ends a block makes no output
+        return self.consumed == self.length
+
+    cdef str failure(self):
+        return "this decompressor decompresses nothing"
+
+    def decompress(self, const uint8_t[::1] data not None, size_t length) -> bytes:
+        """The *length* bytes that one packet holds; see compress.pyi."""
+        cdef bytearray target = bytearray(max(length, <size_t> 1))
+        cdef uint8_t[::1] view = target
+        cdef int status
+        cdef bint is_all
+        self.begin(&data[0] if data.shape[0] else NULL, data.shape[0])
+        with nogil:
+            status = self.fill(&view[0], length)
+            is_all = status == CODEC_OK and self.is_used_up()
+        if status == CODEC_FAILED:
+            raise ValueError(self.failure())
+        if not is_all:
+            raise ValueError(f"{data.shape[0]} bytes make {'fewer' if status == CODEC_SHORT else 'more'} than {length}")
+        return bytes(target[:length])
+
+
+cdef class ZlibCompressor(Compressor):
+    """zlib at *level*, 0 to 9."""
+
+    cdef ZStream stream
+    cdef ZStep step
+    cdef ZEnd end
+    cdef uint8_t copy[COPY_SIZE]
+
+    def __cinit__(self, int level):
+        functions = functions_of(ZLIB)
+        cdef ZDeflateInit init = <ZDeflateInit> <uintptr_t> functions["deflateInit_"]
+        self.step = <ZStep> <uintptr_t> functions["deflate"]
+        memset(&self.stream, 0, sizeof(ZStream))
+        if init(&self.stream, level, b"1", sizeof(ZStream)) != Z_OK:
+            raise MemoryError(f"no zlib compressor of level {level}")
+        self.end = <ZEnd> <uintptr_t> functions["deflateEnd"]
+
+    def __dealloc__(self):
+        if self.end != NULL:
+            self.end(&self.stream)
+
+    cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
+        cdef size_t part
+        cdef int status = CODEC_OK
+        while length and status == CODEC_OK:
+            part = min(length, <size_t> COPY_SIZE)
+            memcpy(self.copy, data, part)
+            self.stream.next_in = self.copy
+            self.stream.avail_in = <unsigned int> part
+            data += part
+            length -= part
+            status = self.deflate_all(Z_SYNC_FLUSH if last and length == 0 else Z_NO_FLUSH)
+        return status
+
+    cdef int deflate_all(self, int flush) noexcept nogil:
+        """Compress the copy; a flush is complete when it leaves room."""
+        cdef int result
+        self.stream.next_out = self.target + self.produced
+        self.stream.avail_out = <unsigned int> (self.capacity - self.produced)
+        result = self.step(&self.stream, flush)
+        self.produced = self.capacity - self.stream.avail_out
+        if result != Z_OK and result != Z_BUF_ERROR:
+            return CODEC_FAILED
+        return CODEC_OK if self.stream.avail_out else CODEC_FULL
+
+    cdef str failure(self):
+        return "there is no room for what comes out" if self.stream.avail_out == 0 else message_of(&self.stream)
+
+
+cdef class ZlibDecompressor(Decompressor):
+    """The other end of a zlib stream."""
+
+    cdef ZStream stream
+    cdef ZStep step
+    cdef ZEnd end
+
+    def __cinit__(self):
+        functions = functions_of(ZLIB)
+        cdef ZInit init = <ZInit> <uintptr_t> functions["inflateInit_"]
+        self.step = <ZStep> <uintptr_t> functions["inflate"]
+        memset(&self.stream, 0, sizeof(ZStream))
+        if init(&self.stream, b"1", sizeof(ZStream)) != Z_OK:
+            raise MemoryError("no zlib decompressor")
+        self.end = <ZEnd> <uintptr_t> functions["inflateEnd"]
+
+    def __dealloc__(self):
+        if self.end != NULL:
+            self.end(&self.stream)
+
+    cdef int fill(self, uint8_t *target, size_t length) noexcept nogil:
+        cdef int result
+        self.stream.next_in = self.source + self.consumed
+        self.stream.avail_in = <unsigned int> (self.length - self.consumed)
+        self.stream.next_out = target
+        self.stream.avail_out = <unsigned int> length
+        result = self.step(&self.stream, Z_SYNC_FLUSH)
+        self.consumed = self.length - self.stream.avail_in
+        if result != Z_OK and result != Z_BUF_ERROR:
+            return CODEC_FAILED  # the end of the stream, too: it has none
+        return CODEC_SHORT if self.stream.avail_out else CODEC_OK
+
+    cdef str failure(self):
+        return message_of(&self.stream)
+
+
+cdef str message_of(const ZStream *stream):
+    return "the stream ends" if stream.msg == NULL else (<bytes> stream.msg).decode("ascii", "replace")
+
+
+cdef class ZstdCompressor(Compressor):
+    """zstd at *level*, 0 (its default) to 20."""
+
+    cdef void *context
+    cdef ZstdCompress compress_some
+    cdef ZstdFree free
+    cdef ZstdIsError is_error
+    cdef ZstdErrorName error_name
+    cdef size_t result
+
+    def __cinit__(self, int level):
+        functions = functions_of(ZSTD)
+        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
+        cdef ZstdSet set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
+        self.compress_some = <ZstdCompress> <uintptr_t> functions["ZSTD_compressStream2"]
+        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
+        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
+        self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
+        self.context = create()
+        if self.context == NULL or self.is_error(set_parameter(self.context, ZSTD_c_compressionLevel, level)):
+            raise MemoryError(f"no zstd compressor of level {level}")
+
+    def __dealloc__(self):
+        if self.free != NULL:
+            self.free(self.context)
+
+    cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
+        cdef ZstdIn source
+        cdef ZstdOut target
+        source.src, source.size, source.pos = data, length, 0
+        target.dst, target.size, target.pos = self.target, self.capacity, self.produced
+        while True:
+            self.result = self.compress_some(self.context, &target, &source, ZSTD_e_flush if last else ZSTD_e_continue)
+            self.produced = target.pos
+            if self.is_error(self.result):
+                return CODEC_FAILED
+            if source.pos == source.size and (not last or self.result == 0):
+                return CODEC_OK
+            if target.pos == target.size:
+                return CODEC_FULL
+
+    cdef str failure(self):
+        if not self.is_error(self.result):
+            return "there is no room for what comes out"
+        return (<bytes> self.error_name(self.result)).decode("ascii", "replace")
+
+
+cdef class ZstdDecompressor(Decompressor):
+    """The other end of a zstd stream."""
+
+    cdef void *context
+    cdef ZstdDecompress decompress_some
+    cdef ZstdFree free
+    cdef ZstdIsError is_error
+    cdef ZstdErrorName error_name
+    cdef size_t result
+
+    def __cinit__(self):
+        functions = functions_of(ZSTD)
+        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createDCtx"]
+        self.decompress_some = <ZstdDecompress> <uintptr_t> functions["ZSTD_decompressStream"]
+        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeDCtx"]
+        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
+        self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
+        self.context = create()
+        if self.context == NULL:
+            raise MemoryError("no zstd decompressor")
+
+    def __dealloc__(self):
+        if self.free != NULL:
+            self.free(self.context)
+
+    cdef int fill(self, uint8_t *target, size_t length) noexcept nogil:
+        cdef ZstdIn source
+        cdef ZstdOut output
+        cdef size_t consumed, made
+        source.src, source.size, source.pos = self.source, self.length, self.consumed
+        output.dst, output.size, output.pos = target, length, 0
+        while True:
+            consumed, made = source.pos, output.pos
+            self.result = self.decompress_some(self.context, &output, &source)
+            self.consumed = source.pos
+            if self.is_error(self.result):
+                return CODEC_FAILED
+            if output.pos == output.size:
+                return CODEC_OK
+            if source.pos == consumed and output.pos == made:
+                return CODEC_SHORT
+
+    cdef str failure(self):
+        return (<bytes> self.error_name(self.result)).decode("ascii", "replace")

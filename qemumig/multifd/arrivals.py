@@ -1,0 +1,200 @@
+"""The connections of one incoming migration, told apart by their first bytes, in any order (channels.md §2.3).
+
+    "QEVM"        the main channel
+    0x11223344    an init packet: channel N of multifd
+    else          somebody who has lost the way: costs its own connection
+
+A source opens all its channels before it writes the first byte of the main one, or shortly after (7.2).  So when that
+byte is there and a channel is still missing after a while, it will not come: the other side has fewer.  That it has more
+shows in a channel too many, which is looked out for until the load is complete: pages that went there would be missing.
+
+Threads   `gather` in the loading thread; then `mig/dst/surplus` until `stop`.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from ..channels.channel import Channel, QuitEvent
+from ..channels.connect import Listener
+from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError, StreamError
+from ..options import MigrationOptions
+from ..threads import start_thread
+from ..wire.format import MULTIFD_INIT_SIZE, MULTIFD_MAGIC, QEMU_VM_FILE_MAGIC
+from ..wire.stream import InputStream
+from .packet import decode_init
+
+MAIN = QEMU_VM_FILE_MAGIC.to_bytes(4, "big")
+MULTIFD = MULTIFD_MAGIC.to_bytes(4, "big")
+NO_UUID = bytes(16)
+MOST_SILENT = 32  # connections that have not said what they are; one more pushes the oldest out
+LATE_S = 10.0  # how long a channel may be missing when the main one has spoken
+
+EQUAL = "parameter 'multifd-channels' must be equal on both sides"
+
+
+class Arrivals:
+    """The channels that *listener* takes; *uuid* is this machine's.  `main` is the caller's to close."""
+
+    def __init__(self, listener: Listener, options: MigrationOptions, uuid: bytes | None) -> None:
+        self.main: Channel | None = None
+        self.stream: InputStream | None = None  # of the main channel
+        self.channels: dict[int, InputStream] = {}  # of multifd, by id
+        self._listener = listener
+        self._options = options
+        self._uuid = uuid or NO_UUID
+        self._silent: dict[Channel, bytearray] = {}  # and what they have said so far
+        self._last_s = 0.0  # when somebody who belongs here came
+        self._stop: QuitEvent | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def expected(self) -> int:
+        """How many channels of multifd there are to be."""
+        if not self._options.capability("multifd") or self._options.capability("mapped-ram"):
+            return 0
+        count: int = self._options.parameter("multifd-channels")
+        return count
+
+    def gather(self) -> None:
+        """Wait until everybody is there.
+
+        Raises StreamError for a channel of another machine or version, or one too many, ChannelError when one does not
+        come, OptionError when none can, MigrationCancelled when told to quit.
+        """
+        if self.expected and not self._listener.takes_more:
+            raise OptionError("Migration requires multi-channel URIs (e.g. tcp)", name="multifd", value=True)
+        self._listener.expect(self.expected + 1)
+        while self.main is None or len(self.channels) < self.expected:
+            self._step(self._patience_ms())
+
+    def _patience_ms(self) -> int | None:
+        """How long to wait for the next one; ChannelError when that was long enough."""
+        if self.main is None:
+            return None
+        left = self._last_s + LATE_S - time.monotonic()
+        if left <= 0:
+            raise ChannelError(
+                f"the source has opened {len(self.channels)} multifd channels, this side waits for {self.expected}: {EQUAL}"
+            )
+        return int(left * 1000) + 1
+
+    def _step(self, timeout_ms: int | None = None) -> bool:
+        """Wait for the next thing to happen; whether it was a connection."""
+        events = {channel.read_fd: select.POLLIN for channel in self._silent}
+        if self._stop is not None:
+            events[self._stop.fd] = select.POLLIN
+        channel = self._listener.accept_among(events, timeout_ms)
+        if channel is not None:
+            self._admit(channel)
+        for one in list(self._silent):
+            self._hear(one)
+        return channel is not None
+
+    def _admit(self, channel: Channel) -> None:
+        if not self.expected and self.main is None:
+            self._take_main(channel, b"")  # there is only one, whatever it says
+            return
+        if len(self._silent) == MOST_SILENT:
+            self._drop(next(iter(self._silent)), f"{MOST_SILENT} others have come since, and it has not said what it is")
+        self._silent[channel] = bytearray()
+
+    def _hear(self, channel: Channel) -> None:
+        """Read what says who it is, as far as it is there."""
+        said = self._silent[channel]
+        while len(said) < (wanted := MULTIFD_INIT_SIZE if said.startswith(MULTIFD) else len(MAIN)):
+            try:
+                piece = channel.read_some(wanted - len(said))
+            except OSError as error:
+                self._drop(channel, str(error))
+                return
+            if piece is None:
+                return
+            if not piece:
+                self._drop(channel, "it ended before it had said what it is")
+                return
+            said += piece
+        self._settle(channel, bytes(said))
+
+    def _settle(self, channel: Channel, said: bytes) -> None:
+        if said.startswith(MULTIFD):
+            self._take_channel(channel, said)
+        elif said != MAIN:
+            self._drop(channel, f"it begins with {said.hex()}, neither a stream nor a channel of multifd")
+        elif self.main is not None:
+            self._drop(channel, "there is a main channel already")
+        else:
+            del self._silent[channel]
+            self._take_main(channel, said)
+
+    def _take_main(self, channel: Channel, said: bytes) -> None:
+        self.main, self.stream = channel, InputStream(channel)
+        if said:
+            self.stream.give_back(said)
+        self._last_s = time.monotonic()
+
+    def _take_channel(self, channel: Channel, init: bytes) -> None:
+        uuid, channel_id = decode_init(init)
+        if uuid != self._uuid:
+            raise StreamError(
+                f"multifd channel {channel_id} comes from a machine with UUID {uuid.hex()}, "
+                f"this one has {self._uuid.hex()}: option '-uuid' must be equal on both sides"
+            )
+        if channel_id >= self.expected:
+            raise StreamError(
+                f"the source has a multifd channel {channel_id}, this side has {self.expected} of them: {EQUAL}"
+            )
+        if channel_id in self.channels:
+            raise StreamError(f"multifd channel {channel_id} has come twice")
+        del self._silent[channel]
+        self.channels[channel_id] = InputStream(channel)
+        self._last_s = time.monotonic()
+
+    def _drop(self, channel: Channel, reason: str) -> None:
+        print(f"migration: a connection is dropped: {reason}", file=sys.stderr)
+        del self._silent[channel]
+        channel.close()
+
+    # ---- while the guest is loaded ----
+
+    def watch(self, on_surplus: Callable[[MigrationError], None]) -> None:
+        """Look out for channels too many, in a thread; *on_surplus* is called there with what to say about one."""
+        self._stop = QuitEvent()
+
+        def run() -> None:
+            assert self._stop is not None
+            try:
+                while not self._stop.is_set():
+                    self._step()
+            except MigrationCancelled:
+                return
+            except MigrationError as error:
+                on_surplus(error)
+
+        self._thread = start_thread("mig/dst/surplus", run)
+
+    def check_surplus(self) -> None:
+        """The load is complete: raise what there is to say about a channel too many that nobody has looked at yet."""
+        self._end_watch()
+        while self._step(0):
+            pass
+
+    def _end_watch(self) -> None:
+        if self._stop is None or self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._stop.close()
+        self._stop = self._thread = None
+
+    def close(self) -> None:
+        """Give back all channels but the main one; nobody uses them any more."""
+        self._end_watch()
+        for channel in (*self._silent, *(stream.channel for stream in self.channels.values())):
+            channel.close()
+        self._silent.clear()
+        self.channels.clear()

@@ -1,0 +1,87 @@
+"""The source's channels: opened, watched, closed (multifd.md §1, §2).
+
+They are opened one after the other, behind the main channel and before its first byte, and each says at once who it is.
+
+Threads   the migration thread calls everything here; `mig/src/send_N` runs the Sender of channel N.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ..channels.channel import Channel
+from ..errors import MigrationCancelled, MigrationError
+from ..options import MigrationOptions
+from ..threads import start_thread
+from ..wire.stream import OutputStream
+from .methods import method_of
+from .packet import encode_init
+from .send import Dispatch, Sender
+
+NO_UUID = bytes(16)
+
+
+class Senders:
+    """The channels that *options* ask for; *on_failure* wakes the migration thread wherever it waits."""
+
+    def __init__(self, options: MigrationOptions, *, detects_zero: bool, on_failure: Callable[[], None]) -> None:
+        self._count: int = options.parameter("multifd-channels")
+        self._method = method_of(options)
+        self._level: int = options.parameter(self._method.level) if self._method is not None else 0
+        self._detects_zero = detects_zero
+        self._announces_end = options.migration_property("multifd-clean-tls-termination")
+        self._channels: list[Channel] = []
+        self._senders: list[Sender] = []
+        self._threads: list[threading.Thread] = []
+        self.dispatch = Dispatch(self._count, on_failure)
+
+    def open(self, open_channel: Callable[[], Channel], uuid: bytes | None, *, shares_core: bool) -> None:
+        """Open every channel with *open_channel*; ChannelError when one cannot be, MigrationCancelled when told to quit."""
+        for number in range(self._count):
+            channel = open_channel()
+            channel.announces_end = self._announces_end
+            self._channels.append(channel)
+            if shares_core:
+                channel.share_core()
+            out = OutputStream(channel)
+            out.write(encode_init(uuid or NO_UUID, number))
+            out.flush()
+            sender = Sender(number, out, self.dispatch, detects_zero=self._detects_zero)
+            if self._method is not None:
+                sender.compress_with(self._method.flag, self._method.compressor(self._level))
+            self._senders.append(sender)
+            self._threads.append(start_thread(f"mig/src/send_{number}", sender.run))
+
+    @property
+    def error(self) -> MigrationError | None:
+        """What a channel failed of; None when it was only told to quit."""
+        error = self.dispatch.error
+        return None if isinstance(error, MigrationCancelled) else error
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(sender.out.offset for sender in self._senders)
+
+    @property
+    def normal_pages(self) -> int:
+        return sum(sender.normal_pages for sender in self._senders)
+
+    @property
+    def zero_pages(self) -> int:
+        return sum(sender.zero_pages for sender in self._senders)
+
+    @property
+    def waiting_pages(self) -> int:
+        """Given to the channels and not yet sent."""
+        return max(self.dispatch.queued_pages - self.normal_pages - self.zero_pages, 0)
+
+    def close(self) -> None:
+        """Join the threads and close the channels; the quit event is set, or everything has left."""
+        self.dispatch.close()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels:
+            channel.close()
+        self._threads.clear()
+        self._channels.clear()

@@ -1,0 +1,138 @@
+"""Multifd between qemumig and a real QEMU: methods, sync modes, numbers of channels; memory compared each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qemumig.cli.interrupts import Interrupts
+from qemumig.cli.vmm import Vmm, VmmError, with_capabilities
+from tests.support.host import qemumig_system
+from tests.support.vmm import MIB, GuestParameters, Stage, listen, wait_until
+from tools.interoplib.guests import CHECKING, DIRTYING, guest
+from tools.interoplib.peers import Peer, ours, real
+from tools.interoplib.trial import Rules, hop
+from tools.interoplib.trial import Stage as TrialStage
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+TIMEOUT = 30.0
+EACH_SECTION = "-global migration.multifd-flush-after-each-section=on"
+both_ways = pytest.mark.parametrize("direction", ["to-qemu", "from-qemu"])
+
+
+def ends(direction: str, qemu: str) -> tuple[Peer, Peer]:
+    pair = ours(qemumig_system()), real(qemu)
+    return pair if direction == "to-qemu" else pair[::-1]
+
+
+def move(
+    source: Peer,
+    destination: Peer,
+    *,
+    kind: str = CHECKING,
+    held: bool = True,
+    transport: str = "tcp",
+    zero_page_detection: str = "",
+    **parameters: Any,
+) -> dict[str, Any]:
+    """A guest moves with multifd and *parameters*; the source's last report."""
+    extra = EACH_SECTION if source.version is None and destination.is_before(8, 1) else ""
+    with Interrupts() as interrupts:
+        rules = Rules(interrupts, timeout=TIMEOUT)
+        with TrialStage(rules, guest(kind, 96 * MIB, 2), 96 * MIB) as stage:
+            here, there = stage.source(source, extra), stage.destination(destination, held=held)
+            use_multifd([here, there], **parameters)
+            if zero_page_detection:
+                here.command("migrate-set-parameters", zero_page_detection=zero_page_detection)
+            return hop(here, there, transport, TIMEOUT, held=held).report
+
+
+def use_multifd(vmms: list[Vmm], **parameters: Any) -> None:
+    with_capabilities(vmms, multifd=True)
+    for vmm in vmms:
+        vmm.command("migrate-set-parameters", **parameters)
+
+
+@both_ways
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+def test_memory_is_equal_afterwards(qemu: str, direction: str, method: str) -> None:
+    ram = move(*ends(direction, qemu), multifd_compression=method)["ram"]
+    assert ram["normal"] > 8000 and ram["duplicate"] > 8000
+    assert ram["multifd-bytes"] > 0.9 * ram["transferred"] - MIB
+    if direction == "to-qemu" and method != "none":
+        assert ram["multifd-bytes"] < 0.7 * ram["normal-bytes"]
+
+
+@both_ways
+@pytest.mark.parametrize(("channels", "transport"), [(1, "unix"), (16, "tcp")])
+def test_guest_that_dirties_memory_arrives_by_any_number_of_channels(
+    qemu: str, direction: str, channels: int, transport: str
+) -> None:
+    report = move(*ends(direction, qemu), kind=DIRTYING, held=False, transport=transport, multifd_channels=channels)
+    assert report["ram"]["dirty-sync-count"] >= 2
+
+
+@both_ways
+def test_every_way_to_look_for_zero_pages(qemu: str, direction: str) -> None:
+    """The peer has to know zero pages in packets, else they are on the main channel."""
+    source, destination = ends(direction, qemu)
+    if source.is_before(9):
+        pytest.skip(f"QEMU {source.name} has no zero-page-detection")
+    for detection in ("none", "legacy", *(() if destination.is_before(9) else ("multifd",))):
+        ram = move(source, destination, zero_page_detection=detection)["ram"]
+        assert (ram["duplicate"] == 0) == (detection == "none")
+
+
+def test_a_qemu_that_waits_for_more_channels_can_be_given_up(stage: Stage, qemu: str) -> None:
+    source, destination = ends("to-qemu", qemu)
+    here = stage.vmm("source", source.command, guest=GuestParameters(dirty_pages=64))
+    there = stage.vmm("destination", destination.command, incoming=True)
+    use_multifd([here], multifd_channels=2)
+    use_multifd([there], multifd_channels=3)
+    here.command("migrate", uri=listen(there))
+    wait_until(lambda: here.command("query-migrate")["status"] != "none", "the migration to begin")
+    here.command("migrate_cancel")
+    wait_until(lambda: here.command("query-migrate")["status"] == "cancelled", "the end of the cancel")
+    stage.assert_guest_is_well(here, arrived=False)
+
+
+def test_a_qemu_with_more_channels_is_told_so(stage: Stage, qemu: str) -> None:
+    """Pages that went to the channel too many would be missing: the load fails, and the guest stays where it is."""
+    source = stage.vmm("source", qemu, guest=GuestParameters(dirty_pages=64))
+    destination = stage.vmm("destination", qemumig_system(), incoming=True)
+    use_multifd([source], multifd_channels=4)
+    use_multifd([destination], multifd_channels=2)
+    source.command("migrate", uri=listen(destination))
+    wait_until(destination.has_died, "the destination to end")
+    assert "'multifd-channels' must be equal on both sides" in destination.last_words()
+    check_source_failed(stage, source, qemu)
+
+
+def test_another_method_is_refused_by_name(stage: Stage, qemu: str) -> None:
+    source = stage.vmm("source", qemu, guest=GuestParameters(dirty_pages=64))
+    destination = stage.vmm("destination", qemumig_system(), incoming=True)
+    use_multifd([source], multifd_compression="zstd")
+    use_multifd([destination], multifd_compression="zlib")
+    source.command("migrate", uri=listen(destination))
+    wait_until(destination.has_died, "the destination to end")
+    assert "compression zstd" in destination.last_words() and "this side has zlib" in destination.last_words()
+    check_source_failed(stage, source, qemu)
+
+
+def check_source_failed(stage: Stage, source: Vmm, qemu: str) -> None:
+    """It noticed, and its guest runs on.  One before 8.0 may hang when its channels break, whatever the destination is."""
+    if real(qemu).is_before(8):
+        return
+    wait_until(lambda: source.command("query-migrate")["status"] == "failed", "the source to fail")
+    stage.assert_guest_is_well(source, arrived=False)
+
+
+def test_a_transport_with_one_connection_is_refused(stage: Stage) -> None:
+    vmm = stage.vmm("source", qemumig_system(), guest=GuestParameters(dirty_pages=64))
+    use_multifd([vmm])
+    for uri in ("exec:cat >/dev/null", f"file:{stage.directory}/x"):
+        with pytest.raises(VmmError, match=r"requires multi-channel URIs"):
+            vmm.command("migrate", uri=uri)
+    assert vmm.command("query-migrate").get("status", "none") == "none"
