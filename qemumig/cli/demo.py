@@ -12,7 +12,6 @@ Whatever happens, Ctrl-C included: no process, socket, thread or temporary file 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -34,7 +33,7 @@ from .guest import (
     failures_in,
 )
 from .interrupts import Interrupted, Interrupts
-from .progress import MB, Rounds, View, size, view_for
+from .progress import MB, Rounds, View, conclude, size, view_for
 from .vmm import LOW_MEMORY_END, MachineShape, MigrationOutcome, Vmm, VmmError, migrate
 
 MIB = 1 << 20
@@ -90,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
             result["error"], status = f"interrupted by {error}", 128 + error.signum
         view.end()
         owned.close()
-    if args.json:
-        print(json.dumps(result, indent=2))
-    if "error" in result:
-        print(f"qemumig demo: {result['error']}", file=sys.stderr)
+    conclude("qemumig demo", result, args.json)
     return status
 
 

@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-import sys
 import time
 from contextlib import ExitStack
 from typing import Any
 
 from .interrupts import Interrupted, Interrupts
-from .progress import Rounds, View, size, view_for
+from .progress import Rounds, View, conclude, size, view_for
 from .qmp import QmpClient, QmpError
 from .vmm import FINAL, listen
 
@@ -112,10 +111,7 @@ def run(args: argparse.Namespace) -> int:
             status = 128 + error.signum
         interrupts.hold()
         view.end()
-    if args.json:
-        print(json.dumps(result, indent=2))
-    if "error" in result:
-        print(f"qemumig migrate: {result['error']}", file=sys.stderr)
+    conclude("qemumig migrate", result, args.json)
     return status
 
 

@@ -8,6 +8,7 @@ A round is what lies between two bitmap syncs (ram.md §8).  Rates are in bytes 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -213,3 +214,11 @@ def view_for(json_wanted: bool) -> View:
     if json_wanted:
         return SilentView()
     return LiveView() if sys.stdout.isatty() else View()
+
+
+def conclude(program: str, result: dict[str, Any], as_json: bool) -> None:
+    """The last words of a command: *result* as one object, if that was asked for, and what went wrong, if anything did."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    if "error" in result:
+        print(f"{program}: {result['error']}", file=sys.stderr)
