@@ -139,7 +139,8 @@ class MigrationCommands:
         address = _address(uri, channels, incoming=False)
         check_transport(self.options, address)
         if resume:
-            raise StateError("Cannot resume if there is no paused migration", state=self._source.status)
+            await asyncio.to_thread(self._source.resume, address)
+            return
         await asyncio.to_thread(self._source.start, address)
 
     async def migrate_incoming(

@@ -38,6 +38,7 @@ cdef class PageServer:
     cdef ServedBlock *blocks
     cdef list names
     cdef list queued
+    cdef list clean                   # Bitmap of each block: what was dirty at the switch
     cdef readonly int wake_fd         # an eventfd: readable while requests wait
     cdef pthread_mutex_t lock
     cdef HostPage *ring               # under the lock: requests, first come first served

@@ -7,10 +7,7 @@ class Lane:
     out: OutputStream
 
 class PageServer:
-    """Sends the pages of *dirty* while the guest runs at the destination, each host page once.
-
-    *releases*: what has left is given back to the kernel.
-    """
+    """Sends the pages of *dirty* while the guest runs at the destination, each host page once."""
 
     dirty: DirtyPages
     main: Lane
@@ -21,7 +18,9 @@ class PageServer:
     """Page requests that came."""
     zero_pages: int
     normal_pages: int
-    def __init__(self, dirty: DirtyPages, *, releases: bool = False) -> None: ...
+    def __init__(self, dirty: DirtyPages) -> None: ...
+    def close(self) -> None:
+        """Give the eventfd back; the figures stay."""
     def connect(self, out: OutputStream, urgent: OutputStream | None = None) -> None:
         """Send to *out* from now on, urgent pages to *urgent* if there is one; nothing was sent on either before."""
     def serve(self, byte_limit: int, page_limit: int) -> bool:
@@ -30,8 +29,10 @@ class PageServer:
         """A host page of which some target page is dirty is dirty as a whole; then count anew."""
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""
-    def release_clean(self) -> None:
-        """Give back what the destination has already, as release-ram asks."""
+    def note_clean(self) -> None:
+        """Remember what the destination has already: it is given back by `begin_release`."""
+    def begin_release(self) -> None:
+        """The guest is at the destination: give back what it had at the switch, and from now on what has left."""
     def bitmap_size(self, idstr: str) -> int:
         """Bytes of a block's received bitmap on the wire; KeyError for a block that does not exist."""
     def index_of(self, idstr: str) -> int: ...

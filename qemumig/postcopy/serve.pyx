@@ -10,7 +10,7 @@ Threads   the migration thread serves; `mig/src/return` takes requests and, with
           no GIL inside.
 Holds     (1) no range of a peer is used before it was checked
           (2) a page waits in the queue at most once, so the queue is never longer than guest memory
-          (3) with `releases`, a page is given back only after its bytes have left
+          (3) once `begin_release` was called, a page is given back when its bytes have left, never before
 """
 
 from libc.stdint cimport uint8_t, uint64_t
@@ -90,17 +90,17 @@ cdef class Lane:
 cdef class PageServer:
     """Sends the pages of *dirty*; see serve.pyi."""
 
-    def __cinit__(self, DirtyPages dirty not None, *, bint releases=False):
+    def __cinit__(self, DirtyPages dirty not None):
         cdef RAMBlock block
         cdef Bitmap bitmap
         cdef bytes name
         cdef int index
         self.wake_fd = -1
         self.dirty = dirty
-        self.releases = releases
         self.last_requested = -1
         self.jump.block = -1
         self.queued = []
+        self.clean = []
         self.names = [bytes([len(b.idstr.encode())]) + b.idstr.encode() for b in dirty.blocks]
         self.blocks = <ServedBlock *> calloc(max(dirty.block_count, 1), sizeof(ServedBlock))
         self.ring_size = 1024
@@ -124,8 +124,13 @@ cdef class PageServer:
         free(self.blocks)
         free(self.ring)
         pthread_mutex_destroy(&self.lock)
+        self.close()
+
+    def close(self) -> None:
+        """Give the eventfd back; the figures stay."""
         if self.wake_fd >= 0:
             os.close(self.wake_fd)
+            self.wake_fd = -1
 
     # ---- who sends which page ----
 
@@ -402,26 +407,33 @@ cdef class PageServer:
                 return status
         return STREAM_OK
 
-    def release_clean(self) -> None:
-        """Give back what the destination has already, as release-ram asks."""
+    def note_clean(self) -> None:
+        """Remember what the destination has already: it is given back by `begin_release`."""
+        cdef Bitmap kept
+        cdef int index
+        for index in range(self.dirty.block_count):
+            kept = Bitmap(self.dirty.table[index].pages)
+            memcpy(kept.words, self.dirty.table[index].dirty, (kept.bits + 63) // 64 * 8)
+            self.clean.append(kept)
+
+    def begin_release(self) -> None:
+        """The guest is at the destination: give back what it had at the switch, and from now on what has left."""
         cdef PageBlock *entry
         cdef uint64_t page, end
-        cdef int index
-        with nogil:
-            for index in range(self.dirty.block_count):
-                entry = &self.dirty.table[index]
-                page = 0
-                while page < entry.pages:
-                    end = find_next_set(entry.dirty, page, entry.pages)
-                    if end > page:
-                        madvise(
-                            entry.host + page * TARGET_PAGE_SIZE,
-                            (end - page) * TARGET_PAGE_SIZE,
-                            MADV_REMOVE if self.blocks[index].shared else MADV_DONTNEED,
-                        )
-                    page = end
-                    while page < entry.pages and test_bit(entry.dirty, page):
-                        page += 1
+        cdef Bitmap kept
+        self.releases = True
+        clean, self.clean = self.clean, []
+        for index, kept in enumerate(clean):
+            entry = &self.dirty.table[<int> index]
+            advice = MADV_REMOVE if self.blocks[<int> index].shared else MADV_DONTNEED
+            page = 0
+            while page < entry.pages:
+                end = find_next_set(kept.words, page, entry.pages)
+                if end > page:
+                    madvise(entry.host + page * TARGET_PAGE_SIZE, (end - page) * TARGET_PAGE_SIZE, advice)
+                page = end
+                while page < entry.pages and test_bit(kept.words, page):
+                    page += 1
 
     # ---- recovery ----
 

@@ -115,6 +115,8 @@ class RamSource:
         """One entry of the block list."""
         name = block.idstr.encode()
         self._out.write(bytes([len(name)]) + name + block.used_length.to_bytes(8, "big"))
+        if self._options.capability("postcopy-ram") and block.page_size != TARGET_PAGE_SIZE:
+            self._out.write_be64(block.page_size)
         if self._ignore_shared:
             self._out.write_be64(block.guest_address)
 

@@ -24,7 +24,7 @@ import errno
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import trace
@@ -149,6 +149,26 @@ class Attempt:
         """True from the moment at which the guest is stopped for the switchover."""
         return self._noted_runstate is not None
 
+    @property
+    def transferred(self) -> int:
+        """Bytes of the whole stream, on all channels."""
+        return self.ram.sent_bytes if self.ram is not None else 0
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Pages sent as zero, and in full."""
+        return (self.ram.zero_pages, self.ram.normal_pages) if self.ram is not None else (0, 0)
+
+    @property
+    def postcopy_bytes(self) -> int:
+        """Of `transferred`, those after the guest was handed over."""
+        return 0
+
+    @property
+    def postcopy_requests(self) -> int:
+        """Pages that the destination has asked for."""
+        return 0
+
     # ---- the thread ----
 
     def _run(self) -> None:
@@ -180,6 +200,10 @@ class Attempt:
         self._move(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         trace.migration_thread_setup_complete()
         self._send_rounds()
+        self._switch_over()
+
+    def _switch_over(self) -> None:
+        """Stop the guest, and move all that is left of it."""
         self._stop_guest()
         self._enter_device()
         self._send_rest()
@@ -221,7 +245,7 @@ class Attempt:
 
     def _wants_return_path(self, channel: Channel) -> bool:
         """Whether there is to be one: a default gives way to a transport that has none, a choice does not."""
-        chosen = [name for name in ("switchover-ack", "return-path") if self.options.is_chosen(name)]
+        chosen = [name for name in ("switchover-ack", "postcopy-ram", "return-path") if self.options.is_chosen(name)]
         chosen = [name for name in chosen if self.options.capability(name)]
         if not chosen:
             return self.options.capability("return-path") and channel.can_return
@@ -254,6 +278,7 @@ class Attempt:
         if self._return_path is not None:
             self._command(commands.OpenReturnPath())
             self._command(commands.Ping(PING_OPENED))
+        self._advise()
         trace.savevm_state_setup()
         self._begin(SectionType.QEMU_VM_SECTION_START)
         self.ram.write_block_list()
@@ -268,11 +293,18 @@ class Attempt:
             return MultifdRamSource(*what, self._senders)
         return MappedRamSource(*what) if self.options.capability("mapped-ram") else RamSource(*what)
 
+    def _advise(self) -> None:
+        """Tell the destination what may come besides precopy: nothing."""
+
+    def _wants_postcopy(self) -> bool:
+        """Whether the guest is to move before its memory has."""
+        return False
+
     def _send_rounds(self) -> None:
         """Send PARTs until what is left can be sent while the guest stands still."""
         assert self.out is not None and self.ram is not None
         rule = SwitchoverRule()
-        while True:
+        while not self._wants_postcopy():
             sent = self.ram.sent_bytes
             allowance = self.pacer.allowance(sent)
             if allowance:
@@ -368,30 +400,34 @@ class Attempt:
 
     def _save_devices(self) -> bytes:
         """Write every device section; returns the last write: the end mark and the description of the devices."""
-        assert self.out is not None and self._noted_runstate is not None
-        saved = list(self.machine.save_device_state())
-        if self.options.migration_property("store-global-state"):
-            saved.append((GLOBALSTATE_SECTION, GlobalState.of(self._noted_runstate)))
+        assert self.out is not None
         devices = []
-        for section_id, (section, record) in enumerate(saved, start=RAM_SECTION_ID + 1):
-            if section.vmstate.is_needed(record):
-                devices.append(self._save_device(section_id, section, record))
+        for section_id, data, description in self._encode_devices():
+            self.out.write(data)
+            trace.savevm_section_end(section_id, self.out.offset)
+            devices.append(description)
         trace.vmstate_downtime_checkpoint("src-non-iterable-saved")
         text = vmdesc.encode(devices, configuration=self._configuration_description)
         return bytes([SectionType.QEMU_VM_EOF]) + sections.encode_vmdescription(text)
 
-    def _save_device(self, section_id: int, section: DeviceSection, record: Any) -> Any:
-        assert self.out is not None
+    def _encode_devices(self) -> Iterator[tuple[int, bytes, Any]]:
+        """Every device section: its id, its bytes with the footer, its description."""
+        assert self._noted_runstate is not None
+        saved = list(self.machine.save_device_state())
+        if self.options.migration_property("store-global-state"):
+            saved.append((GLOBALSTATE_SECTION, GlobalState.of(self._noted_runstate)))
+        for section_id, (section, record) in enumerate(saved, start=RAM_SECTION_ID + 1):
+            if section.vmstate.is_needed(record):
+                yield section_id, *self._encode_device(section_id, section, record)
+
+    def _encode_device(self, section_id: int, section: DeviceSection, record: Any) -> tuple[bytes, Any]:
         idstr, instance_id, version_id = section.idstr, section.instance_id, section.vmstate.version_id
-        state, description = section.vmstate.save(record)
         trace.savevm_section_start(idstr, section_id)
+        state, description = section.vmstate.save(record)
         trace.vmstate_save(idstr, instance_id, len(state))
-        kind = SectionType.QEMU_VM_SECTION_FULL
-        self.out.write(
-            sections.encode_section_header(SectionHeader(kind, section_id, idstr, instance_id, version_id)) + state
-        )
-        self._footer(section_id)
-        return vmdesc.device(idstr, instance_id, description)
+        header = SectionHeader(SectionType.QEMU_VM_SECTION_FULL, section_id, idstr, instance_id, version_id)
+        data = sections.encode_section_header(header) + state + self._footer_of(section_id)
+        return data, vmdesc.device(idstr, instance_id, description)
 
     def _commit(self, last: bytes) -> None:
         """The last write: nothing of it may leave before everything else has, nor after a cancel."""
@@ -423,7 +459,12 @@ class Attempt:
             self._await_verdict()
             if self._return_path.verdict is not Verdict.TAKEN:
                 raise self._return_path.error or ChannelError(UNKNOWN_OUTCOME)
-        self.downtime_s = time.monotonic() - self._stop_s
+        self._complete()
+
+    def _complete(self) -> None:
+        """The guest is at the destination, all of it."""
+        if self.downtime_s is None:
+            self.downtime_s = time.monotonic() - self._stop_s
         trace.vmstate_downtime_checkpoint("src-downtime-end")
         self.total_s = time.monotonic() - self.start_s
         self.machine.set_runstate(RunState.POSTMIGRATE)
@@ -529,9 +570,12 @@ class Attempt:
 
     def _footer(self, section_id: int) -> None:
         assert self.out is not None
-        if self.options.migration_property("send-section-footer"):
-            self.out.write(sections.encode_section_footer(section_id))
+        self.out.write(self._footer_of(section_id))
         trace.savevm_section_end(section_id, self.out.offset)
+
+    def _footer_of(self, section_id: int) -> bytes:
+        wanted = self.options.migration_property("send-section-footer")
+        return sections.encode_section_footer(section_id) if wanted else b""
 
     def _command(self, command: commands.Command) -> None:
         assert self.out is not None

@@ -48,9 +48,9 @@ class Pacer:
         self._start_bytes = sent_bytes
         self._start_pages = sent_pages
 
-    def allowance(self, sent_bytes: int) -> int:
+    def allowance(self, sent_bytes: int, limit_name: str = "max-bandwidth") -> int:
         """How many bytes may still leave in this window; the rate limit 0 means as many as will."""
-        limit = self._options.parameter("max-bandwidth")
+        limit = self._options.parameter(limit_name)
         if limit == 0:
             return 1 << 62
         return max(int(limit * WINDOW_S) - (sent_bytes - self._start_bytes), 0)
@@ -66,6 +66,10 @@ class Pacer:
         self.pages_per_second = (sent_pages - self._start_pages) / elapsed
         self.restart(sent_bytes, sent_pages)
         return True
+
+    def rest_ms(self) -> float:
+        """What is left of this window."""
+        return max(self._start_s + WINDOW_S - time.monotonic(), 0) * 1000
 
     def wait(self) -> None:
         """Sleep until the window is over; MigrationCancelled when told to quit."""

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from .. import trace
 from ..channels.address import Address
-from ..channels.channel import QuitEvent
+from ..channels.channel import Channel, QuitEvent
 from ..channels.connect import no_object, outgoing, tls_of_source
 from ..channels.file import OpenPath, no_path
 from ..errors import MigrationError, OptionError, StateError
 from ..machine import Machine
-from ..options import NOT_BUILT, MigrationOptions
+from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
-from ..states import SOURCE, StatusMachine
+from ..states import IN_POSTCOPY, SOURCE, StatusMachine
 from .attempt import Attempt
+from .postcopy import PostcopyAttempt
 from .statistics import describe
 
 if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
@@ -56,6 +57,7 @@ class Migration:
         self._open_path = open_path
         self._states = StatusMachine(SOURCE, self._announce)
         self._attempt: Attempt | None = None
+        self._quit: QuitEvent | None = None  # of the attempt
         self._error: MigrationError | None = None  # of a start that did not get as far as an attempt
 
     @property
@@ -73,8 +75,6 @@ class Migration:
         carry what the options ask for, ChannelError when the channel cannot even be opened; then the status is `failed`.
         """
         self._check_state()
-        if self._options.capability("postcopy-ram"):
-            raise OptionError(f"postcopy from this side {NOT_BUILT}", name="postcopy-ram", value=True)
         self._wait_for_thread()
         status = self._states.status
         if not self._states.advance(status, MigrationStatus.SETUP):
@@ -82,21 +82,46 @@ class Migration:
         self._error = self._attempt = None
         quit_event = QuitEvent()
         try:
-            tls = partial(tls_of_source, self._options, self._find_object, address)
-            open_channel = outgoing(address, quit_event.fd, self._take_fd, tls=tls, open_path=self._open_path)
+            open_channel = self._opener(address, quit_event.fd)
         except MigrationError as error:
             quit_event.close()
             self._error = error
             self._states.advance(MigrationStatus.SETUP, MigrationStatus.FAILED)
             raise
-        self._attempt = Attempt(self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
+        self._quit = quit_event
+        what = (self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
+        if self._options.capability("postcopy-ram"):
+            self._attempt = PostcopyAttempt(*what, open_another=lambda: self._opener(address, quit_event.fd)())
+        else:
+            self._attempt = Attempt(*what)
         self._attempt.start()
+
+    def _opener(self, address: Address, quit_fd: int) -> Callable[[], Channel]:
+        tls = partial(tls_of_source, self._options, self._find_object, address)
+        return outgoing(address, quit_fd, self._take_fd, tls=tls, open_path=self._open_path)
+
+    def resume(self, address: Address) -> None:
+        """Go on with a postcopy that is paused, over a connection to *address*."""
+        attempt = self._attempt
+        if not isinstance(attempt, PostcopyAttempt) or self._states.status is not MigrationStatus.POSTCOPY_PAUSED:
+            raise StateError("Cannot resume if there is no paused migration", state=self._states.status)
+        if self._options.capability("release-ram"):
+            text = "Postcopy recovery cannot work when release-ram capability is set"
+            raise OptionError(text, name="release-ram", value=True)
+        assert self._quit is not None
+        quit_fd = self._quit.fd
+        attempt.resume(self._opener(address, quit_fd), lambda: self._opener(address, quit_fd)())
 
     def start_postcopy(self) -> None:
         """Let the guest move before its memory has."""
+        if isinstance(self._attempt, PostcopyAttempt):
+            self._attempt.start_postcopy()
 
     def pause(self) -> None:
         """What `migrate-pause` does on this side."""
+        if isinstance(self._attempt, PostcopyAttempt):
+            self._attempt.pause()
+            return
         raise StateError(
             "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
             state=self._states.status,
@@ -105,6 +130,8 @@ class Migration:
     def cancel(self) -> None:
         """Ask a running migration to end; without effect when none runs."""
         trace.migration_cancel()
+        if isinstance(self._attempt, PostcopyAttempt) and self._attempt.cancel_postcopy():
+            return
         if self._attempt is not None and self._states.advance_from_any(MigrationStatus.CANCELLING):
             self._attempt.cancel()
 
@@ -136,7 +163,8 @@ class Migration:
 
     def close(self) -> None:
         """End whatever runs and join its thread; the process is about to exit."""
-        self.cancel()
+        if self._states.status not in IN_POSTCOPY:
+            self.cancel()
         if self._attempt is not None:
             self._attempt.abandon()
         self._wait_for_thread()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from .. import trace
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StreamError
@@ -32,6 +32,25 @@ class Verdict(enum.Enum):
     UNKNOWN = "the destination's state is unknown"
 
 
+class Talk(Protocol):
+    """What postcopy hears on a return path; called by its thread."""
+
+    def read_requests(self, stream: InputStream) -> None:
+        """Take page requests off *stream*, until another message waits there."""
+
+    def take_pong(self, value: int) -> None: ...
+
+    def bitmap_size(self, block: str) -> int:
+        """Bytes that the bitmap of *block* has; KeyError when none is expected."""
+
+    def take_bitmap(self, message: commands.ReceivedBitmap) -> None: ...
+
+    def take_resume_ack(self) -> None: ...
+
+    def take_end(self) -> None:
+        """The return path has ended, whatever its verdict."""
+
+
 class ReturnPath:
     """Reads the destination's messages until SHUT or the end.
 
@@ -43,7 +62,8 @@ class ReturnPath:
         self._stream = InputStream(channel)
         self._on_end = on_end
         self._changed = threading.Condition()
-        self._ponged: int | None = None
+        self._ponged: set[int] = set()
+        self.talk: Talk | None = None  # what postcopy has to say and to hear
         self.approved = False  # SWITCHOVER_ACK has come
         self.verdict: Verdict | None = None  # None while it is open
         self.error: MigrationError | None = None
@@ -60,8 +80,8 @@ class ReturnPath:
     def wait_pong(self, value: int) -> bool:
         """Until the destination has answered the ping *value*; False when the path ended instead."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ponged == value or self.verdict is not None)
-            return self._ponged == value and self.verdict is None
+            self._changed.wait_for(lambda: value in self._ponged or self.verdict is not None)
+            return value in self._ponged and self.verdict is None
 
     def wait_approval(self, timeout_s: float) -> bool:
         """Until the destination agrees to the switchover; False when *timeout_s* passes, or the path ends, first."""
@@ -96,25 +116,35 @@ class ReturnPath:
             trace.source_return_path_thread_end()
         else:
             trace.source_return_path_thread_bad_end(error or verdict.value)
+        if self.talk is not None:
+            self.talk.take_end()
 
     def _read_message(self) -> None:
+        if self.talk is not None:
+            self.talk.read_requests(self._stream)
         if not self._stream.peek(1):
             text = f"the destination closed the connection before it had loaded the stream: {ITS_WORDS}"
             self._end(Verdict.REFUSED, StreamError(text))
             return
-        message = commands.read_return_message(self._stream)
+        message = commands.read_return_message(self._stream, self.talk.bitmap_size if self.talk is not None else None)
         if isinstance(message, commands.Shut):
             trace.source_return_path_thread_shut(message.value)
             self._take_shut(message.value)
         elif isinstance(message, commands.Pong):
             trace.source_return_path_thread_pong(message.value)
             with self._changed:
-                self._ponged = message.value
+                self._ponged.add(message.value)
                 self._changed.notify_all()
+            if self.talk is not None:
+                self.talk.take_pong(message.value)
         elif isinstance(message, commands.SwitchoverAck):
             with self._changed:
                 self.approved = True
                 self._changed.notify_all()
+        elif isinstance(message, commands.ReceivedBitmap) and self.talk is not None:
+            self.talk.take_bitmap(message)
+        elif isinstance(message, commands.ResumeAck) and self.talk is not None:
+            self.talk.take_resume_ack()
         elif isinstance(message, commands.ResumeAck):
             raise StreamError(f"return path: {message.type.name} outside of a postcopy recovery")
         # page requests merely queue pages, and those are all sent in precopy

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..qapi import MigrationStatus
 from ..ram.cache import PageCache
+from ..states import IN_POSTCOPY
 from ..wire.format import TARGET_PAGE_SIZE
 from .attempt import Attempt
 
@@ -17,6 +18,7 @@ WITH_FIGURES = frozenset(
         MigrationStatus.PRE_SWITCHOVER,
         MigrationStatus.DEVICE,
         MigrationStatus.COMPLETED,
+        *IN_POSTCOPY,
     }
 )
 
@@ -28,7 +30,7 @@ def describe(attempt: Attempt, status: MigrationStatus, downtime_limit_ms: int) 
         total_s = attempt.total_s if attempt.total_s is not None else time.monotonic() - attempt.start_s
         info["total-time"] = round(total_s * 1000)
         info["setup-time"] = round((attempt.setup_s or 0) * 1000)
-        if status is MigrationStatus.COMPLETED and attempt.downtime_s is not None:
+        if (status is MigrationStatus.COMPLETED or status in IN_POSTCOPY) and attempt.downtime_s is not None:
             info["downtime"] = round(attempt.downtime_s * 1000)
         else:
             info["expected-downtime"] = _expected_downtime_ms(attempt, downtime_limit_ms)
@@ -52,8 +54,9 @@ def _expected_downtime_ms(attempt: Attempt, downtime_limit_ms: int) -> int:
 def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str, Any]:
     ram = attempt.ram
     assert ram is not None
+    zero_pages, normal_pages = attempt.pages
     completed = status is MigrationStatus.COMPLETED
-    transferred = ram.sent_bytes
+    transferred = attempt.transferred
     mbps = attempt.pacer.mbps
     if completed:
         moving_s = total_s - (attempt.setup_s or 0)
@@ -62,21 +65,28 @@ def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str,
         "total": ram.total,
         "remaining": 0 if completed else ram.remaining,
         "transferred": transferred,
-        "duplicate": ram.zero_pages,
-        "normal": ram.normal_pages,
-        "normal-bytes": ram.normal_pages * TARGET_PAGE_SIZE,
+        "duplicate": zero_pages,
+        "normal": normal_pages,
+        "normal-bytes": normal_pages * TARGET_PAGE_SIZE,
         "page-size": TARGET_PAGE_SIZE,
         "mbps": mbps,
         "pages-per-second": round(attempt.pacer.pages_per_second),
         "dirty-sync-count": ram.dirty.sync_count,
         "dirty-pages-rate": 0 if completed else attempt.dirty_rate.pages_per_second,
         "precopy-bytes": attempt.precopy_bytes,
-        "downtime-bytes": transferred - ram.multifd_bytes - attempt.precopy_bytes if attempt.switching else 0,
-        "postcopy-bytes": 0,
-        "postcopy-requests": 0,
+        "downtime-bytes": _downtime_bytes(attempt),
+        "postcopy-bytes": attempt.postcopy_bytes,
+        "postcopy-requests": attempt.postcopy_requests,
         "multifd-bytes": ram.multifd_bytes,
         "dirty-sync-missed-zero-copy": 0,
     }
+
+
+def _downtime_bytes(attempt: Attempt) -> int:
+    assert attempt.ram is not None
+    if not attempt.switching:
+        return 0
+    return attempt.transferred - attempt.ram.multifd_bytes - attempt.precopy_bytes - attempt.postcopy_bytes
 
 
 def _cache(cache: PageCache) -> dict[str, Any]:

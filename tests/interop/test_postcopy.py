@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_RANDOM
-from tests.interop.test_precopy import FROM_QEMU, ends
-from tests.support.postcopy import advise, begin, wait_completed
+from tests.interop.test_precopy import both_ways, ends
+from tests.support.postcopy import advise, begin, break_and_recover, wait_completed
 from tests.support.vmm import MIB, GuestParameters, Stage, Vmm, with_capabilities
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.needs("userfaultfd")]
 
 GUEST = GuestParameters(dirty_pages=4096, print_every=20, fill_pages=4096, fill_mode=FILL_RANDOM, flags=ALL_CHECKS, cpus=2)
-both_ways = pytest.mark.parametrize("direction", [FROM_QEMU])
 OLD_PREEMPT = ("-global", "migration.x-preempt-pre-7-2=on")
 
 
@@ -67,5 +66,19 @@ def test_urgent_pages_have_a_channel_of_their_own(stage: Stage, qemu: str, direc
     source, destination = pair(stage, direction, qemu, extra=OLD_PREEMPT if old else ())
     advise([source, destination], postcopy_preempt=True)
     begin(source, destination)
+    wait_completed(source, destination)
+    stage.assert_guest_is_well(destination)
+
+
+@both_ways
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+def test_a_broken_link_is_mended_again_and_again(stage: Stage, qemu: str, direction: str, preempt: bool) -> None:
+    old = any(peer.is_before(8) for peer in ends(direction, qemu))
+    source, destination = pair(stage, direction, qemu, extra=OLD_PREEMPT if old and preempt else ())
+    advise([source, destination], postcopy_bandwidth=16 * MIB, postcopy_preempt=preempt)
+    begin(source, destination)
+    break_and_recover(source, destination, f"unix:{stage.directory}/r")
+    break_and_recover(destination, source, f"unix:{stage.directory}/s", swapped=True)
+    source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
     wait_completed(source, destination)
     stage.assert_guest_is_well(destination)

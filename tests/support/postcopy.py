@@ -3,6 +3,7 @@
     advise([source, destination])                 the capability, on both sides, and a source that is slow before the switch
     begin(source, destination)                    … until the guest runs at the destination
     wait_completed(source, destination)           … until all of it is there
+    break_and_recover(source, destination, uri)   in between: the connection ends, and they go on over another
 
 The trick: `max-bandwidth` is so low that precopy gets nowhere, and postcopy has a limit of its own.
 """
@@ -38,7 +39,7 @@ def wait_status(vmm: Vmm, *wanted: str, timeout: float = PATIENCE_S) -> str:
     """Wait until *vmm* says that its migration has one of the statuses *wanted*; VmmError when it ended in another."""
     deadline = time.monotonic() + timeout
     while (report := vmm.command("query-migrate")).get("status") not in wanted:
-        if report.get("status") in ENDED or time.monotonic() > deadline:
+        if (report.get("status") in ENDED and report["status"] not in wanted) or time.monotonic() > deadline:
             raise VmmError(f"{vmm.name} is {report.get('status')} ({report.get('error-desc')}), expected {wanted}")
         time.sleep(0.01)
     return str(report["status"])
@@ -50,3 +51,17 @@ def wait_completed(source: Vmm, destination: Vmm) -> dict[str, object]:
     wait_status(destination, "completed")
     report: dict[str, object] = source.command("query-migrate")
     return report
+
+
+def break_and_recover(breaker: Vmm, other: Vmm, uri: str, *, swapped: bool = False) -> None:
+    """Let *breaker* end the connection, and go on over *uri*; it is the source unless *swapped*."""
+    source, destination = (other, breaker) if swapped else (breaker, other)
+    for vmm in (source, destination):
+        wait_status(vmm, "postcopy-active")
+    breaker.command("migrate-pause")
+    for vmm in (source, destination):
+        wait_status(vmm, "postcopy-paused")
+    destination.command("migrate-recover", uri=uri)
+    source.command("migrate", uri=uri, resume=True)
+    for vmm in (source, destination):
+        wait_status(vmm, "postcopy-active", "completed")

@@ -1,0 +1,476 @@
+"""The source's postcopy: hand the guest over early, then serve what it asks for (postcopy.md §2, §7, §8).
+
+    rounds ─▶ stop the guest ─▶ what is dirty is discarded there ─▶ ▌package: devices, RUN▐ ─▶ pages, as they are wanted
+                                                                   ▲                     │
+                         a cancel or an error before: the guest runs here again          │ the connection breaks
+                                                                                         ▼
+                  ◀── RESUME ◀── what has arrived there ◀── connect anew ◀── `migrate resume` ◀── paused
+
+Who has the guest.  The last ping of the package is answered when the destination has put device state into effect; then
+comes RUN.  So before that answer a refusal, or a clean end of the connection, means that nothing runs there, and the guest
+goes on here.  After it, the guest is there; a connection that breaks is mended by a recovery.  When the connection breaks
+without a word in between, nobody here can know: the guest stays stopped, and `error-desc` says what decides.
+
+Threads   `mig/src/main` hands over, serves, pauses and recovers; `mig/src/return` takes page requests, and answers them
+          where there is a channel of urgent pages.  `start_postcopy`, `pause` and `resume` may come from any thread.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from ..channels.channel import Channel
+from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError, StreamError
+from ..postcopy.serve import PageServer
+from ..qapi import MigrationStatus, RunState
+from ..savevm import commands
+from ..states import IN_POSTCOPY
+from ..wire.format import TARGET_PAGE_SIZE, RamSaveFlag, SectionType
+from ..wire.stream import InputStream, OutputStream
+from .attempt import LAST_WORD_S, PING_OPENED, RAM_SECTION_ID, Attempt
+from .return_path import ReturnPath, Verdict
+
+PING_DISCARDED, PING_LOADED, PING_TAKEN, PING_SWITCHED = 2, 3, 0x42, 4  # as QEMU numbers them
+PART_S = 0.05
+STEP_BYTES, STEP_PAGES = 4 << 20, 4096  # at a time, before the clock and the return path are looked at
+
+BY_USER = "Postcopy migration is paused by the user"
+LOST = (
+    "the guest runs at the destination, and what it has not got of its memory is here: 'migrate-recover' there and "
+    "'migrate' with resume=true here go on; if the destination is gone for good, so is the guest"
+)
+IN_BETWEEN = (
+    "the connection was lost while the destination was taking the guest, before it had said so: if the destination says "
+    "postcopy-paused, 'migrate-recover' there and 'migrate' with resume=true here go on; if it has ended, "
+    " 'migrate_cancel' and then 'cont' let the guest run here again"
+)
+
+
+class PostcopyAttempt(Attempt):
+    """An attempt with capability `postcopy-ram`; *open_another* gives a further channel to the same address."""
+
+    def __init__(self, *arguments: Any, open_another: Callable[[], Channel]) -> None:
+        super().__init__(*arguments)
+        self._open_another = open_another
+        self._wants = False  # set by `start_postcopy`, once
+        self.server: PageServer | None = None
+        self._urgent: OutputStream | None = None
+        self._urgent_channel: Channel | None = None
+        self._earlier_bytes = 0  # on connections that are lost, without the first
+        self._is_recovered = False  # the main channel is not the first one any more
+        self._switch_bytes = 0  # sent when the guest was handed over
+        # under the condition
+        self._changed = threading.Condition()
+        self._taken = False  # the destination has answered the last ping of the package
+        self._paused_by_user = False
+        self._opener: Callable[[], Channel] | None = None  # of a recovery
+        self._awaited: set[str] = set()  # blocks whose bitmap has not come
+        self._resumed = False
+        self._quitting = False
+
+    # ---- for others ----
+
+    def start_postcopy(self) -> None:
+        """Hand the guest over at the next opportunity."""
+        self._wants = True
+
+    def pause(self) -> None:
+        """Break the connection, as `migrate-pause` asks; both sides can recover."""
+        with self._changed:
+            if self._states.status not in (MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.POSTCOPY_RECOVER):
+                raise StateError(
+                    "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
+                    state=self._states.status,
+                )
+            self._paused_by_user = True
+        self.shut_link()
+
+    def resume(self, opener: Callable[[], Channel], open_another: Callable[[], Channel]) -> None:
+        """Go on with the channel that *opener* gives, and the further ones of *open_another*."""
+        with self._changed:
+            if not self._states.advance(MigrationStatus.POSTCOPY_PAUSED, MigrationStatus.POSTCOPY_RECOVER_SETUP):
+                raise StateError("Cannot resume if there is no paused migration", state=self._states.status)
+            self._opener, self._open_another = opener, open_another
+            self._changed.notify_all()
+
+    def cancel_postcopy(self) -> bool:
+        """End a postcopy that is paused; False when none has begun.  StateError when the guest is known to be elsewhere."""
+        with self._changed:
+            status = self._states.status
+            if status not in IN_POSTCOPY:
+                return False
+            if status is not MigrationStatus.POSTCOPY_PAUSED or self._taken:
+                raise StateError("Postcopy migration in progress, cannot cancel.", state=status)
+            self._quitting = True
+            self._changed.notify_all()
+            return True
+
+    def abandon(self) -> None:
+        super().abandon()
+        with self._changed:
+            self._quitting = True
+            self._changed.notify_all()
+
+    def break_connection(self) -> None:
+        """As if the network had broken: once the guest was handed over, both sides pause."""
+        if self._states.status in IN_POSTCOPY:
+            self.shut_link()
+        else:
+            super().break_connection()
+
+    def shut_link(self) -> None:
+        """End every connection there is; whoever uses one notices."""
+        with self._lock:
+            for channel in (self._channel, self._urgent_channel):
+                if channel is not None:
+                    channel.shutdown()
+
+    @property
+    def transferred(self) -> int:
+        return super().transferred + self._earlier_bytes + self._further_bytes()
+
+    def _further_bytes(self) -> int:
+        """On the channels that there are now, without the first one, whose bytes `ram` counts."""
+        outs = (self.out if self._is_recovered else None, self._urgent)
+        return sum(out.offset for out in outs if out is not None)
+
+    @property
+    def postcopy_bytes(self) -> int:
+        return self.transferred - self._switch_bytes if self._switch_bytes else 0
+
+    @property
+    def postcopy_requests(self) -> int:
+        return self.server.requests if self.server is not None else 0
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        zero, normal = super().pages
+        return (zero + self.server.zero_pages, normal + self.server.normal_pages) if self.server else (zero, normal)
+
+    # ---- before the switch ----
+
+    def _advise(self) -> None:
+        assert self.ram is not None
+        summary = reduce(or_, (block.page_size for block in self.ram.blocks))
+        self._command(commands.PostcopyAdvise(summary, TARGET_PAGE_SIZE))
+        if self.options.migration_property("x-preempt-pre-7-2"):
+            self._connect_urgent()
+
+    def _wants_postcopy(self) -> bool:
+        return self._wants
+
+    def _connect_urgent(self) -> None:
+        """The channel of urgent pages, if there is to be one and is not yet."""
+        if not self.options.capability("postcopy-preempt") or self._urgent is not None:
+            return
+        channel = self._open_another()
+        with self._lock:
+            self._urgent_channel = channel
+        self._urgent = OutputStream(channel)
+
+    def _switch_over(self) -> None:
+        if not self._wants:
+            super()._switch_over()
+            return
+        assert self._return_path is not None
+        if not self._return_path.wait_pong(
+            PING_OPENED
+        ):  # the destination is there: what connects next is not taken for the main one
+            raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
+        self._connect_urgent()
+        self._stop_guest()
+        self._enter_device()
+        self._hand_over()
+        self._serve_until_done()
+
+    # ---- the switch ----
+
+    def _hand_over(self) -> None:
+        assert self.out is not None and self.ram is not None and self._return_path is not None
+        if self.options.migration_property("send-switchover-start"):
+            self._command(commands.SwitchoverStart())
+        self._sync()
+        self.server = PageServer(self.ram.dirty)
+        self.server.connect(self.out, self._urgent)
+        self.server.make_uniform()
+        self.server.put_discards()
+        if self.options.capability("release-ram"):
+            self.server.note_clean()
+        self._command(commands.Ping(PING_DISCARDED))
+        package = self._package()
+        self._return_path.talk = self
+        self._move(MigrationStatus.DEVICE, MigrationStatus.POSTCOPY_DEVICE)
+        self._switch_bytes = self.transferred
+        with self._lock:
+            self._committed = True
+        self._send_package(package)
+        self.downtime_s = time.monotonic() - self._stop_s
+
+    def _package(self) -> bytes:
+        """LISTEN, device state, and RUN, as one."""
+        pings = commands.encode_command(commands.Ping(PING_LOADED)) + commands.encode_command(commands.Ping(PING_TAKEN))
+        devices = b"".join(data for _, data, _ in self._encode_devices())
+        listen, run = commands.PostcopyListen(), commands.PostcopyRun()
+        return commands.encode_command(listen) + devices + pings + commands.encode_command(run)
+
+    def _send_package(self, package: bytes) -> None:
+        """From the last byte on the guest may be there; before it, nobody acts on any of it."""
+        assert self.out is not None
+        self.out.flush()
+        try:
+            self.out.write(commands.encode_command(commands.Packaged(len(package))) + package)
+            self.out.flush()
+        except MigrationError:
+            if self.out.pending_bytes():
+                with self._lock:
+                    self._committed = False
+            raise
+        self._command(commands.Ping(PING_SWITCHED))
+
+    # ---- pages ----
+
+    def _serve_until_done(self) -> None:
+        while True:
+            try:
+                self._serve()
+                self._finish_stream()
+                return
+            except (ChannelError, StreamError) as error:
+                self._pause(error)
+            while not self._recover():
+                pass
+
+    def _serve(self) -> None:
+        """PARTs, until everything was sent."""
+        assert self.out is not None and self.server is not None
+        self.pacer.restart(self.out.offset, self.server.normal_pages)
+        done = False
+        while not done:
+            allowance = self.pacer.allowance(self.out.offset, "max-postcopy-bandwidth")
+            self._begin(SectionType.QEMU_VM_SECTION_PART)
+            done = self._serve_part(allowance)
+            if self._taken and self.options.capability("release-ram"):
+                self.server.begin_release()
+            self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+            self._end_section()
+            self._require_path()
+            if not done and not self.pacer.allowance(self.out.offset, "max-postcopy-bandwidth"):
+                self._wait_for_window()
+            self.pacer.update(self.out.offset, self.server.normal_pages + self.server.zero_pages)
+
+    def _serve_part(self, allowance: int) -> bool:
+        assert self.out is not None and self.server is not None
+        deadline = time.monotonic() + PART_S
+        end = self.out.offset + allowance
+        while True:
+            if self.server.serve(min(STEP_BYTES, max(end - self.out.offset, 0)), STEP_PAGES):
+                return True
+            if self.out.offset >= end or time.monotonic() > deadline:
+                return False
+
+    def _wait_for_window(self) -> None:
+        """Sleep until the rate limit allows more, or somebody asks for a page."""
+        assert self.server is not None
+        rest_ms = self.pacer.rest_ms()
+        poll = select.poll()
+        poll.register(self.server.wake_fd, select.POLLIN)
+        poll.register(self._quit.fd, select.POLLIN)
+        poll.poll(rest_ms)
+        if self._quit.is_set():
+            raise MigrationCancelled("the process ends")
+
+    def _require_path(self) -> None:
+        path = self._return_path
+        assert path is not None
+        if path.verdict is not None:
+            raise path.error or ChannelError("the return path ended in the middle of postcopy")
+
+    def _finish_stream(self) -> None:
+        """Everything was sent: say so, and wait for the destination's last word."""
+        assert self.out is not None and self._return_path is not None
+        path = self._return_path
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken or path.verdict is not None)
+        self._require_path()
+        self._begin(SectionType.QEMU_VM_SECTION_END)
+        self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+        self._footer(RAM_SECTION_ID)
+        if self._urgent is not None and self.options.migration_property("x-preempt-pre-7-2"):
+            self._urgent.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+            self._urgent.flush()
+        self.out.write(bytes([SectionType.QEMU_VM_EOF]))
+        self.out.flush()
+        self._return_path.wait()
+        if self._return_path.verdict is not Verdict.TAKEN:
+            raise self._return_path.error or ChannelError("the return path ended before the destination had everything")
+        self._complete()
+
+    # ---- a lost connection ----
+
+    def _pause(self, error: MigrationError) -> None:
+        """The connection is lost: wait for a recovery, unless the destination has refused the guest."""
+        assert self._return_path is not None
+        if not self._taken:
+            self._return_path.wait(LAST_WORD_S)  # it may have said why
+            if self._return_path.verdict is Verdict.REFUSED:
+                raise Refused(str(self._return_path.error or error))
+        self.shut_link()
+        self._return_path.join()
+        with self._changed:
+            words = BY_USER if self._paused_by_user else f"{error}; {LOST if self._taken else IN_BETWEEN}"
+            self._paused_by_user = False
+            self.error = ChannelError(words)
+        self._close_link()
+        for status in IN_POSTCOPY - {MigrationStatus.POSTCOPY_PAUSED}:
+            self._states.advance(status, MigrationStatus.POSTCOPY_PAUSED)
+
+    def _close_link(self) -> None:
+        """Give the connection back; what it carried counts on."""
+        self._earlier_bytes += self._further_bytes()
+        self.out = self._urgent = None
+        with self._lock:
+            channels = self._channel, self._urgent_channel
+            self._channel = self._urgent_channel = None
+        for channel in channels:
+            if channel is not None:
+                channel.close()
+
+    def _recover(self) -> bool:
+        """Wait until somebody wants to go on, and try; False when that failed, and the migration is paused again."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._opener is not None or self._quitting)
+            if self._quitting:
+                raise MigrationCancelled("nobody has recovered the migration")
+            opener, self._opener = self._opener, None
+        assert opener is not None
+        try:
+            channel = opener()
+        except MigrationCancelled:
+            raise
+        except MigrationError as error:
+            self.error = ChannelError(f"{error}; {LOST if self._taken else IN_BETWEEN}")
+            self._states.advance(MigrationStatus.POSTCOPY_RECOVER_SETUP, MigrationStatus.POSTCOPY_PAUSED)
+            return False
+        try:
+            self._reconnect(channel)
+        except (ChannelError, StreamError) as error:
+            self._pause(error)
+            return False
+        return True
+
+    def _reconnect(self, channel: Channel) -> None:
+        assert self.server is not None and self.ram is not None
+        with self._lock:
+            self._channel = channel
+        self.out = OutputStream(channel)
+        self._is_recovered = True
+        self.server.forget_requests()
+        self.server.connect(self.out)
+        with self._changed:
+            self._resumed = False
+            self._awaited = {block.idstr for block in self.ram.blocks}
+        self._return_path = ReturnPath(channel)
+        self._return_path.talk = self
+        self._return_path.start()
+        self._states.advance(MigrationStatus.POSTCOPY_RECOVER_SETUP, MigrationStatus.POSTCOPY_RECOVER)
+        if self.options.migration_property("x-preempt-pre-7-2"):
+            self._connect_urgent()
+        for block in self.ram.blocks:
+            self._command(commands.RecvBitmap(block.idstr))
+        self._wait_in_recovery(lambda: not self._awaited)
+        self.server.make_uniform()
+        self._connect_urgent()
+        self.server.connect(self.out, self._urgent)
+        self._command(commands.PostcopyResume())
+        self._wait_in_recovery(lambda: self._resumed)
+        self.error = None
+
+    def _wait_in_recovery(self, holds: Callable[[], bool]) -> None:
+        path = self._return_path
+        assert path is not None
+        with self._changed:
+            self._changed.wait_for(lambda: holds() or path.verdict is not None or self._quitting)
+            arrived = holds()
+        if not arrived:
+            self._require_path()
+            raise MigrationCancelled("the process ends")
+
+    # ---- `mig/src/return`: what the destination says (return_path.Talk) ----
+
+    def read_requests(self, stream: InputStream) -> None:
+        assert self.server is not None
+        self.server.read_requests(stream)
+
+    def take_pong(self, value: int) -> None:
+        if value != PING_TAKEN:
+            return
+        with self._changed:
+            self._taken = True
+            self._changed.notify_all()
+        self._states.advance(MigrationStatus.POSTCOPY_DEVICE, MigrationStatus.POSTCOPY_ACTIVE)
+
+    def bitmap_size(self, block: str) -> int:
+        assert self.server is not None
+        if block not in self._awaited:
+            raise KeyError(block)
+        return self.server.bitmap_size(block)
+
+    def take_bitmap(self, message: commands.ReceivedBitmap) -> None:
+        assert self.server is not None
+        self.server.take_received(message.block, message.bitmap)
+        with self._changed:
+            self._awaited.discard(message.block)
+            self._changed.notify_all()
+
+    def take_resume_ack(self) -> None:
+        if not self._states.advance(MigrationStatus.POSTCOPY_RECOVER, MigrationStatus.POSTCOPY_ACTIVE):
+            raise StreamError("return path: RESUME_ACK outside of a postcopy recovery")
+        with self._changed:
+            self._resumed = self._taken = True
+            self._changed.notify_all()
+
+    def take_end(self) -> None:
+        """The return path has ended: whoever waits for its words, or is in the middle of a write, need not go on."""
+        with self._changed:
+            self._changed.notify_all()
+        if self._return_path is not None and self._return_path.verdict is not Verdict.TAKEN:
+            self.shut_link()
+
+    # ---- the end ----
+
+    def _give_up(self, error: MigrationError | None = None) -> None:
+        if isinstance(error, Refused):
+            with self._lock:
+                self._committed = False
+        status = self._states.status
+        if not self._committed or status not in IN_POSTCOPY:
+            super()._give_up(error)
+            return
+        self.total_s = time.monotonic() - self.start_s
+        self.error = self.error or error or ChannelError(LOST if self._taken else IN_BETWEEN)
+        if self._quit.is_set():
+            return  # the process ends; the guest is not here
+        self.machine.set_runstate(RunState.POSTMIGRATE)
+        self._states.advance_from_any(MigrationStatus.FAILED)
+
+    def _clean_up(self) -> None:
+        self.shut_link()
+        if self._return_path is not None:
+            self._return_path.join()
+        if self._urgent_channel is not None:
+            with self._lock:
+                channel, self._urgent_channel = self._urgent_channel, None
+            channel.close()
+        if self.server is not None:
+            self.server.close()
+        super()._clean_up()
+
+
+class Refused(ChannelError):
+    """The destination has not taken the guest, and says so."""
