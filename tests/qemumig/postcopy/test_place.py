@@ -1,0 +1,189 @@
+"""Missing pages: told of, asked for once, placed whole; what a source may not send."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from qemumig.channels.channel import QuitEvent
+from qemumig.errors import ChannelError, StreamError
+from qemumig.postcopy.answers import Answers
+from qemumig.postcopy.blocktime import FaultTimes
+from qemumig.postcopy.faults import FaultServer
+from qemumig.postcopy.place import MissingMemory, PageReceiver
+from qemumig.postcopy.uffd import Userfaultfd
+from qemumig.ram.landing import Landing
+from qemumig.wire.stream import InputStream
+from tests.support.memory import Memory, channel_pair
+
+pytestmark = pytest.mark.needs("userfaultfd")
+
+PAGE = 4096
+PAGES = 64
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+ZERO, FULL, EOS, CONTINUE = 0x2, 0x8, 0x10, 0x20
+
+
+@contextmanager
+def missing(flags: int = PRIVATE, received: tuple[int, ...] = ()) -> Iterator[SimpleNamespace]:
+    """64 pages of which none but *received* are here, and a link whose far end plays the source."""
+    memory = Memory("ram", PAGES * PAGE, flags=flags)
+    landing = Landing([memory.block])
+    landing.listed.add(0)
+    for page in received:
+        landing.received[0].set(page)
+    here = MissingMemory(landing, Userfaultfd(), FaultTimes([]))
+    here.register()
+    with channel_pair() as (near, far):
+        stream = InputStream(near)
+        yield SimpleNamespace(
+            memory=memory, here=here, near=near, far=far, receiver=PageReceiver(stream, here), answers=Answers(near)
+        )
+    here.unregister()
+
+
+def record(offset: int, kind: int, data: bytes, name: str = "ram") -> bytes:
+    named = b"" if kind & CONTINUE else bytes([len(name)]) + name.encode()
+    return struct.pack(">Q", offset | kind) + named + data
+
+
+def feed(link: SimpleNamespace, *records: bytes) -> None:
+    link.far._socket.sendall(b"".join((*records, struct.pack(">Q", EOS))))
+    link.receiver.load_body()
+
+
+def touch(address: int) -> int:
+    """Read a byte without the GIL, so that whoever brings the page may run."""
+    target = ctypes.create_string_buffer(1)
+    ctypes.memmove(ctypes.addressof(target), address, 1)
+    return target.raw[0]
+
+
+@pytest.mark.parametrize("flags", [PRIVATE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS], ids=["private", "shared"])
+def test_pages_and_zeroes_land_where_they_belong(flags: int) -> None:
+    with missing(flags) as link:
+        feed(link, record(0x3000, FULL, b"x" * PAGE), record(0x4000, FULL | CONTINUE, b"y" * PAGE), record(0, ZERO, b"\0"))
+        assert link.memory.read(0x3000, 2 * PAGE) == b"x" * PAGE + b"y" * PAGE
+        assert link.memory.read(0, PAGE) == bytes(PAGE)
+        assert link.here.missing_pages() == PAGES - 3
+        assert (link.receiver.normal_pages, link.receiver.zero_pages) == (2, 1)
+
+
+def test_a_page_that_is_here_is_not_written_again() -> None:
+    with missing() as link:
+        feed(link, record(0x3000, FULL, b"x" * PAGE), record(0x3000, FULL, b"z" * PAGE))
+        assert link.memory.read(0x3000, PAGE) == b"x" * PAGE
+        assert link.here.placed_pages == 1
+
+
+def test_who_touches_a_missing_page_waits_and_one_request_is_enough() -> None:
+    with missing() as link, fault_thread(link) as server:
+        seen: list[int] = []
+        waiters = [
+            threading.Thread(target=lambda: seen.append(touch(link.memory.block.host_address + 0x5000 + 7)))
+            for _ in range(3)
+        ]
+        for waiter in waiters:
+            waiter.start()
+        request = link.far._socket_recv(4 + 13 + 3)
+        assert request == struct.pack(">HHQIB", 3, 16, 0x5000, PAGE, 3) + b"ram"
+        feed(link, record(0x5000, FULL, b"q" * PAGE))
+        for waiter in waiters:
+            waiter.join()
+        assert seen == [ord("q")] * 3
+        assert link.answers.requests == 1
+        assert server.faults - server.merged == 1
+
+
+def test_the_next_request_of_a_block_does_not_name_it_again_until_the_link_is_another() -> None:
+    with missing() as link, fault_thread(link) as server:
+        address = link.memory.block.host_address
+        waiters = [threading.Thread(target=touch, args=(address + page * PAGE,)) for page in (1, 2)]
+        waiters[0].start()
+        assert link.far._socket_recv(20)[:4] == struct.pack(">HH", 3, 16)
+        waiters[1].start()
+        assert link.far._socket_recv(16) == struct.pack(">HHQI", 4, 12, 2 * PAGE, PAGE)
+        link.answers.detach()
+        with pytest.raises(ChannelError, match="there is no return path"):
+            link.answers.send(b"anything")
+        link.answers.attach(link.near)
+        assert server.ask_again() == link.here.outstanding_pages() == 2
+        assert link.far._socket_recv(36) == struct.pack(">HHQIB", 3, 16, PAGE, PAGE, 3) + b"ram" + struct.pack(
+            ">HHQI", 4, 12, 2 * PAGE, PAGE
+        )
+        feed(link, record(PAGE, ZERO, b"\0"), record(2 * PAGE, ZERO | CONTINUE, b"\0"))
+        for waiter in waiters:
+            waiter.join()
+        assert link.here.outstanding_pages() == 0
+
+
+def test_a_page_that_precopy_said_to_be_zero_is_given_without_asking() -> None:
+    with missing(received=(9,)) as link, fault_thread(link) as server:
+        assert touch(link.memory.block.host_address + 9 * PAGE) == 0
+        assert (server.zeroes, link.answers.requests) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "text"),
+    [
+        (record(PAGES * PAGE, FULL, b""), r"offset 0x40000 in block 'ram', expected one below 0x40000"),
+        (record(0, FULL, b"", name="rom"), r"block 'rom' was not in the source's list, expected one of 'ram'"),
+        (record(0, FULL | CONTINUE, b""), r"continues a block, expected a name"),
+        (record(0, ZERO, b"\5"), r"fill byte 0x5 of a zero page, expected 0"),
+        (record(0, 0x40, b""), r"has flags 0x40, expected ZERO"),
+        (record(0, 0x4, b""), r"nothing else is sent in postcopy"),
+    ],
+)
+def test_what_a_source_may_not_send_is_refused_with_the_place(record_bytes: bytes, text: str) -> None:
+    with missing() as link, pytest.raises(StreamError, match=r"postcopy record at offset 0x0: .*" + text):
+        feed(link, record_bytes)
+
+
+def test_a_stream_that_ends_inside_a_page_places_nothing() -> None:
+    with missing() as link:
+        link.far._socket.sendall(record(0, FULL, b"x" * 100))
+        link.far.finish()
+        with pytest.raises(StreamError, match="stream ends inside a record of section 'ram'"):
+            link.receiver.load_body()
+        assert link.here.missing_pages() == PAGES
+
+
+def test_a_channel_of_urgent_pages_ends_with_a_mark_or_without() -> None:
+    for mark in (True, False):
+        with missing() as link:
+            link.far._socket.sendall(record(0, FULL, b"u" * PAGE) + struct.pack(">Q", EOS) * mark)
+            link.far.finish()
+            assert link.receiver.load_channel() is mark
+            assert link.here.missing_pages() == PAGES - 1
+
+
+@contextmanager
+def fault_thread(link: SimpleNamespace) -> Iterator[FaultServer]:
+    """The fault thread, with the far end's socket readable in one call."""
+    quit_event = QuitEvent()
+    server = FaultServer(link.here, link.answers, quit_event.fd)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+
+    def receive(length: int) -> bytes:
+        link.far._socket.setblocking(True)
+        link.far._socket.settimeout(20)
+        data = b""
+        while len(data) < length:
+            data += link.far._socket.recv(length - len(data))
+        return data
+
+    link.far._socket_recv = receive
+    try:
+        yield server
+    finally:
+        quit_event.set()
+        thread.join()
+        quit_event.close()
