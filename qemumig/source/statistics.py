@@ -46,9 +46,10 @@ def describe(attempt: Attempt, status: MigrationStatus, downtime_limit_ms: int) 
 
 def _expected_downtime_ms(attempt: Attempt, downtime_limit_ms: int) -> int:
     assert attempt.ram is not None
-    if not attempt.pacer.bandwidth or not attempt.dirty_rate.pages_per_second:
+    bandwidth = attempt.options.parameter("avail-switchover-bandwidth") or attempt.pacer.bandwidth
+    if not bandwidth or not attempt.dirty_rate.pages_per_second:
         return downtime_limit_ms
-    return round(attempt.ram.dirty.synced_pages * TARGET_PAGE_SIZE / attempt.pacer.bandwidth * 1000)
+    return round(attempt.ram.dirty.synced_pages * TARGET_PAGE_SIZE / bandwidth * 1000)
 
 
 def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str, Any]:
