@@ -173,11 +173,15 @@ PROPERTIES: Mapping[str, Any] = {
     "multifd-clean-tls-termination": True,  # QEMU before 10.0 ends without a word
     "send-switchover-start": False,  # QEMU before 10.0 refuses the command; 10.0 takes a stream without it
     "x-clear-bitmap-shift": 14,
+    "x-compress": False,  # what QEMU until 9.0 has as a capability and a parameter (compress.md); for a source, others ask
+    "x-compress-level": 1,
     "x-preempt-pre-7-2": False,  # urgent pages' channel connects at the start, and ends with a mark
 }
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _NODE_NAME_LIMIT, _BITMAP_NAME_LIMIT, _ALIAS_LIMIT = 31, 1023, 255  # bytes
+
+MOST_COMPRESSED = 9  # of zlib's levels
 
 NOT_BUILT = "is not built in this version of qemumig"
 
@@ -266,7 +270,11 @@ class MigrationOptions:
         """What `-global migration.NAME=VALUE` sets: a property, or a parameter or capability by QEMU's other name."""
         plain = name.removeprefix("x-")
         if name in self._properties:
-            self._properties[name] = _parse(name, value, type(self._properties[name]))
+            parsed = _parse(name, value, type(self._properties[name]))
+            if name == "x-compress-level" and parsed > MOST_COMPRESSED:
+                text = f"can't apply global migration.{name}={value}: expected a value between 0 and {MOST_COMPRESSED}"
+                raise OptionError(text, name=name, value=value)
+            self._properties[name] = parsed
         elif name in _PARAMETER or (name.startswith("x-") and plain in _PARAMETER):
             parameter = _PARAMETER.get(name) or _PARAMETER[plain]
             parsed = _parse(parameter.name, value, type(parameter.default))

@@ -7,6 +7,8 @@
     save      the walk over the bitmap: one page after the other into the stream, by reference
     cache     what the destination has of a page, and how the page goes out because of it
     landing   where pages go at the destination, and which have come
+    region    the pages of a block at their places in a file
+    mapped    mapped-ram: the file around them
     load      records from the stream straight into guest RAM
     scan      a recorded stream's records, counted and found again: for tools
 

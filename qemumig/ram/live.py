@@ -71,6 +71,8 @@ class RamSource:
     def _new_sender(self) -> Sender:
         sender = PageSender(self.dirty, self._out)
         sender.encode_with(self.cache)
+        if self._options.migration_property("x-compress"):
+            sender.compress_at(self._options.migration_property("x-compress-level"))
         return sender
 
     @property

@@ -19,6 +19,8 @@ class RamLoader:
     zero_pages: int
     normal_pages: int
     encoded_pages: int
+    """Patched with a delta."""
+    compressed_pages: int
     load_pages: Callable[[int], int] | None
     """Loads the pages of the block with that index, for the stream has come to what follows its entry in the list, and
     returns how many came: mapped-ram.  None: pages come as records."""

@@ -19,13 +19,19 @@ Holds     (1) no byte of a peer is used as an offset, a length or a name before 
           (4) zeroes are not written to a page that reads as zero: memory that is untouched stays unpopulated
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from contextlib import suppress
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from ..encode.xbzrle cimport DeltaFault, apply_delta, fault_text
-from ..errors import StreamError
+from ..encode.zlib_page cimport ZLIB_PAGE_MAX_LENGTH, ZLIB_PAGE_OK, inflate_page
+from ..encode.zlib_page import finding as page_finding
+from ..encode.zlib_page import load_library
+from ..errors import OptionError, StreamError
 from ..wire.format cimport (
     ENCODING_FLAG_XBZRLE,
+    RAM_SAVE_FLAG_COMPRESS_PAGE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
     RAM_SAVE_FLAG_MEM_SIZE,
@@ -34,7 +40,7 @@ from ..wire.format cimport (
     RAM_SAVE_FLAG_ZERO,
     TARGET_PAGE_SIZE,
 )
-from ..wire.stream cimport STREAM_OK, InputStream, get_be16, get_be64, iovec, put_be64
+from ..wire.stream cimport STREAM_OK, InputStream, get_be16, get_be32, get_be64, iovec, put_be64
 from .bitmap cimport clear_run
 from .block cimport RAMBlock
 from .landing cimport Landing, LoadBlock
@@ -54,12 +60,19 @@ cdef enum LoadStatus:
     LOAD_BAD_ENCODING = 8         # not a delta
     LOAD_LONG_DELTA = 9           # longer than a page
     LOAD_BAD_DELTA = 10           # what is wrong with it is in `fault`
+    LOAD_BAD_LENGTH = 11          # of a compressed page
+    LOAD_BAD_DATA = 12            # of a compressed page; what is wrong with it is in `page_status`
 
 cdef enum:
     RECORDS_AT_A_TIME = 32768     # then the caller looks round, as QEMU's loader does
     GUESS_LIMIT = 128             # pages: the whole guess fits into the stream's buffer
     HEAD = 8
     DELTA_HEAD = 3                # behind the head of an XBZRLE record: encoding, length
+    DATA_HEAD = 4                 # behind the head of a COMPRESS_PAGE record: length
+
+cdef uint64_t PAGE_FLAGS = (
+    RAM_SAVE_FLAG_PAGE | RAM_SAVE_FLAG_ZERO | RAM_SAVE_FLAG_XBZRLE | RAM_SAVE_FLAG_COMPRESS_PAGE
+)
 
 
 cdef class RamLoader:
@@ -79,12 +92,15 @@ cdef class RamLoader:
     cdef uint8_t fill                 # behind a ZERO record; behind an XBZRLE record …
     cdef uint16_t delta_length        # … its encoding and the length of its delta
     cdef DeltaFault fault
+    cdef uint32_t data_length         # behind the head of a COMPRESS_PAGE record
+    cdef int page_status
     cdef int stream_status
     cdef uint8_t heads[GUESS_LIMIT * HEAD]
     cdef iovec iov[1 + 2 * GUESS_LIMIT]
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
     cdef readonly uint64_t encoded_pages
+    cdef readonly uint64_t compressed_pages
     cdef readonly uint64_t wrong_guesses
 
     def __cinit__(self, stream not None, Landing landing not None, on_flush=None):
@@ -94,6 +110,8 @@ cdef class RamLoader:
         self.on_flush = on_flush
         self.last_block = -1
         self.guess = 1
+        with suppress(OptionError):  # nearly no stream needs it; one that does is refused with what is missing
+            load_library()
 
     @property
     def blocks(self) -> list:
@@ -168,6 +186,25 @@ cdef class RamLoader:
         ):
             return LOAD_BAD_DELTA
         return LOAD_EOS
+
+    cdef int load_compressed(self, LoadBlock *block, uint64_t page) noexcept nogil:
+        """A page that a QEMU before 9.1 compressed; it needs no capability here, for the record says what it is."""
+        cdef const uint8_t *data
+        self.stream_status = self.stream.ensure(DATA_HEAD)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        self.data_length = get_be32(self.stream.buffer + self.stream.position)
+        if not 0 < self.data_length <= ZLIB_PAGE_MAX_LENGTH:
+            return LOAD_BAD_LENGTH
+        self.stream_status = self.stream.ensure(DATA_HEAD + self.data_length)
+        if self.stream_status != STREAM_OK:
+            return LOAD_STREAM
+        data = self.stream.buffer + self.stream.position + DATA_HEAD
+        self.stream.position += DATA_HEAD + self.data_length
+        self.landing.note_received(block, page)
+        self.compressed_pages += 1
+        self.page_status = inflate_page(block.host + page * TARGET_PAGE_SIZE, data, self.data_length)
+        return LOAD_EOS if self.page_status == ZLIB_PAGE_OK else LOAD_BAD_DATA
 
     cdef int list_guess(self, LoadBlock *block, uint64_t page, size_t there) noexcept nogil:
         """List where the rest of *page* goes, and the pages that may follow it; returns how many were guessed."""
@@ -263,7 +300,7 @@ cdef class RamLoader:
             flags &= ~(<uint64_t> RAM_SAVE_FLAG_CONTINUE)
             if self.load_pages is not None:
                 return LOAD_OTHER
-            if flags != RAM_SAVE_FLAG_PAGE and flags != RAM_SAVE_FLAG_ZERO and flags != RAM_SAVE_FLAG_XBZRLE:
+            if not flags & PAGE_FLAGS or flags & (flags - 1):
                 return LOAD_OTHER
             status = self.take_block()
             if status != LOAD_EOS:
@@ -276,6 +313,8 @@ cdef class RamLoader:
                 status = self.load_page(block, page)
             elif flags == RAM_SAVE_FLAG_XBZRLE:
                 status = self.load_delta(block, page)
+            elif flags == RAM_SAVE_FLAG_COMPRESS_PAGE:
+                status = self.load_compressed(block, page)
             else:
                 status = self.load_zero(block, page)
             if status != LOAD_EOS:
@@ -320,7 +359,7 @@ cdef class RamLoader:
             raise StreamError(
                 f"section 'ram' instance 0, record at offset {self.head_offset:#x}: head {self.head:#x} has flags "
                 f"{flags:#x}{flag_names(flags)}, expected one of ZERO (0x2), MEM_SIZE (0x4), PAGE (0x8), EOS (0x10), "
-                f"XBZRLE (0x40), with PAGE, ZERO and XBZRLE also CONTINUE (0x20)",
+                f"XBZRLE (0x40), COMPRESS_PAGE (0x100), and with a page also CONTINUE (0x20)",
                 offset=self.head_offset,
                 section="ram",
                 remedy=remedies.for_record(flags),
@@ -415,6 +454,10 @@ cdef class RamLoader:
             finding = f"a delta of {self.delta_length} bytes, expected at most {TARGET_PAGE_SIZE}"
         elif status == LOAD_BAD_DELTA:
             finding = fault_text(&self.fault, TARGET_PAGE_SIZE, self.delta_length)
+        elif status == LOAD_BAD_LENGTH:
+            finding = f"compressed data of {self.data_length} bytes, expected 1 to {ZLIB_PAGE_MAX_LENGTH}"
+        elif status == LOAD_BAD_DATA:
+            finding = f"compressed data of {self.data_length} bytes: {page_finding(self.page_status)}"
         else:
             finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
         return StreamError(

@@ -18,9 +18,11 @@ cdef class PageSender:
     cdef size_t name_length[256]
     cdef uint64_t first_page[256]     # of the block, when the pages of all blocks are numbered through
     cdef PageCache cache              # None: pages go out whole
+    cdef int compress_level           # −1: pages are not compressed
     cdef public bint last_stage       # the guest is stopped: nothing enters the cache any more
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
+    cdef readonly uint64_t compressed_pages
     cdef readonly uint64_t handled_pages
     cdef int stream_status
 
@@ -30,6 +32,7 @@ cdef class PageSender:
     cdef int send_page(self) noexcept nogil
     cdef int send_zero(self) noexcept nogil
     cdef int send_whole(self, const uint8_t *page) noexcept nogil
+    cdef int send_compressed(self, const uint8_t *page) noexcept nogil
     cdef int send_encoded(self, const uint8_t *page) noexcept nogil
     cdef int send_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil
     cdef uint64_t sent_bytes(self) noexcept nogil

@@ -13,6 +13,7 @@ class PageSender:
     zero_pages: int
     normal_pages: int
     """Sent whole; those that went out as a delta are in neither of the two."""
+    compressed_pages: int
     handled_pages: int
     """All that were dealt with, those that the destination had already included."""
     last_stage: bool
@@ -20,6 +21,9 @@ class PageSender:
     def __init__(self, dirty: DirtyPages, out: OutputStream) -> None: ...
     def encode_with(self, cache: PageCache | None) -> None:
         """Send pages through *cache* from the second round on; None: send them whole, from now on and for good."""
+    def compress_at(self, level: int) -> None:
+        """Send pages as zlib streams of their own, at *level* 0 to 9, where no delta is sent: for QEMU before 9.1, with its
+        capability `compress`.  OptionError when the library is missing."""
     @property
     def rounds(self) -> int:
         """How often the walk has passed the last block."""

@@ -1,8 +1,8 @@
 """One page after the other: from the dirty bitmap into the stream (ram.md §2, §6).
 
 In    DirtyPages: what must be sent, in the order of the walk; a PageCache, when deltas are wanted
-Out   records on an OutputStream: ZERO (head, fill byte), PAGE (head, then the page by reference) or XBZRLE (head, a byte
-      that says what follows, the length of the delta, the delta)
+Out   records on an OutputStream: ZERO (head, fill byte), PAGE (head, then the page by reference), XBZRLE (head, a byte
+      that says what follows, the length of the delta, the delta) or COMPRESS_PAGE (head, length, a zlib stream)
 
     head = offset of the page in its block | flags        8 bytes, big-endian
            + name of the block (u8 length, bytes), unless CONTINUE says "same as before on this channel"
@@ -21,19 +21,22 @@ Holds     (1) a page's dirty bit is cleared before its bytes are looked at; they
           (3) no page goes past the cache once the first round is over
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from ..encode.zero cimport is_zero
+from ..encode.zlib_page cimport ZLIB_PAGE_MAX_LENGTH, deflate_page
+from ..encode.zlib_page import load_library
 from ..wire.format cimport (
     ENCODING_FLAG_XBZRLE,
+    RAM_SAVE_FLAG_COMPRESS_PAGE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_PAGE,
     RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
     TARGET_PAGE_SIZE,
 )
-from ..wire.stream cimport STREAM_OK, OutputStream, put_be16, put_be64
+from ..wire.stream cimport STREAM_OK, OutputStream, put_be16, put_be32, put_be64
 from .bitmap cimport clear_bit, test_bit
 from .cache cimport SEND_DELTA, SEND_NOTHING, PageCache, Verdict
 from .dirty cimport DirtyPages
@@ -48,6 +51,7 @@ cdef enum SaveStatus:
 cdef enum:
     FLUSH_BYTES = 0x100000        # 1 MiB of pages gathered by one writev: some 512 entries
     LONGEST_HEAD = 8 + 1 + 255    # of a record: the head proper and the name of a block
+    DATA_HEAD = 4                 # what follows the head of a COMPRESS_PAGE record: length
     DELTA_HEAD = 3                # what follows the head of an XBZRLE record: encoding, length
 
 
@@ -62,7 +66,7 @@ cdef class PageSender:
             raise ValueError(f"{dirty.block_count} RAM blocks, at most 256")
         self.dirty = dirty
         self.out = out
-        self.last_block = -1
+        self.last_block = self.compress_level = -1
         self.names = [bytes([len(b.idstr.encode())]) + b.idstr.encode() for b in dirty.blocks]
         for index in range(dirty.block_count):
             name = self.names[index]
@@ -79,6 +83,13 @@ cdef class PageSender:
     def encode_with(self, PageCache cache):
         """From the second round on send deltas by *cache*; None: pages go out whole from now on; see save.pyi."""
         self.cache = cache
+
+    def compress_at(self, int level):
+        """Send pages as zlib streams of their own; see save.pyi."""
+        if not 0 <= level <= 9:
+            raise ValueError(f"compression level {level}, expected 0 to 9")
+        load_library()
+        self.compress_level = level
 
     cdef size_t put_head(self, uint8_t *head, uint64_t flags) noexcept nogil:
         """Write the head of a record for the page at the walk's position; returns its length."""
@@ -111,6 +122,9 @@ cdef class PageSender:
             return self.send_zero()
         if self.encodes():
             return self.send_encoded(page)
+        # the first page of a block carries its name, and QEMU never compresses that one
+        if self.compress_level >= 0 and self.walk.block == self.last_block:
+            return self.send_compressed(page)
         return self.send_whole(page)
 
     cdef int send_zero(self) noexcept nogil:
@@ -131,6 +145,17 @@ cdef class PageSender:
         if status != STREAM_OK:
             return status
         return self.out.put_reference(page, TARGET_PAGE_SIZE)
+
+    cdef int send_compressed(self, const uint8_t *page) noexcept nogil:
+        """Send *page* as a zlib stream, or whole when that is no shorter (compress.md §1)."""
+        cdef uint8_t record[8 + DATA_HEAD + ZLIB_PAGE_MAX_LENGTH]
+        cdef size_t length = deflate_page(page, record + 8 + DATA_HEAD, self.compress_level)
+        if not 0 < length < TARGET_PAGE_SIZE:
+            return self.send_whole(page)
+        self.put_head(record, RAM_SAVE_FLAG_COMPRESS_PAGE)
+        put_be32(record + 8, <uint32_t> length)
+        self.compressed_pages += 1
+        return self.out.put(record, 8 + DATA_HEAD + length)
 
     cdef int send_encoded(self, const uint8_t *page) noexcept nogil:
         """Send what the destination lacks of *page*: all of it, a delta, or nothing."""

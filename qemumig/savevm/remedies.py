@@ -53,7 +53,6 @@ _COMMANDS = {  # the capability that makes a source send it; of all others of po
 
 _RECORDS: dict[int, str] = {  # flag of a RAM record → the capability it belongs to (stream.md §6.1)
     RamSaveFlag.RAM_SAVE_FLAG_HOOK: "rdma-pin-all",
-    RamSaveFlag.RAM_SAVE_FLAG_COMPRESS_PAGE: "compress",
 }
 
 

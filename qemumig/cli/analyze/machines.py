@@ -36,7 +36,6 @@ from .values import printable
 _PER_CPU = 255  # instances of a section that every vCPU has, at most
 _VIRTIO_BLK = r"virtio-mmio@00000000feb0[0-2][02468ace]00/virtio-blk"
 _BUILT = frozenset(one.name for one in CAPABILITIES if one.built)
-_KINDS = {"xbzrle": "xbzrle", "compressed": "compress"}  # kind of RAM record → capability
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,8 @@ def fit(stream: Stream, machine: MachineModel) -> Fit:
 
 
 def _capabilities(stream: Stream) -> list[str]:
-    """The capabilities of the source that show in the recording and are not built here."""
+    """The capabilities of the source that show in the recording and are not built here; records of pages need none."""
     shown = list(stream.configuration.enabled_capabilities) if stream.configuration else []
-    shown += [name for kind, name in _KINDS.items() if any(block.counts.get(kind) for block in stream.blocks)]
     for element in stream.elements:
         if isinstance(element, CommandElement) and not isinstance(element.command, commands.TAKEN_IN_PRECOPY):
             shown.append(remedies.capability_of(element.command.type, len(element.command.payload())))

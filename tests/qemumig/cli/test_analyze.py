@@ -299,14 +299,12 @@ def test_every_recording_of_a_microvm_fits_but_those_of_capabilities_that_are_no
         assert status == bool(lacks)
 
 
-@pytest.mark.parametrize(("name", "capability"), [("q100-xbzrle", "xbzrle"), ("q72-compress-xbzrle", "compress")])
-def test_pages_of_a_capability_that_is_not_built_are_named(
-    name: str, capability: str, directory: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["q100-xbzrle", "q72-compress-xbzrle"])
+def test_every_kind_of_page_record_is_taken_without_a_capability(
+    name: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, found = as_json(capsys, "--for", "microvm", stored(directory, unpacked(f"ram/{name}.mig")))
-    built = any(one.name == capability and one.built for one in CAPABILITIES)
-    advice = [one["advice"] for one in found["lacks"] if one["what"] == f"capability {capability}"]
-    assert advice == ([] if built else [f"say 'migrate_set_capability {capability} off' at the source"])
+    assert not [one for one in found["lacks"] if "capability" in one["what"]]
 
 
 def test_another_machine_is_refused_with_both_names(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,10 +216,10 @@ LIES = {
         frame(start("ram", 4, block_list(b"/rom@etc/acpi/tables", 4096))),
         "block '/rom@etc/acpi/tables' does not exist here, .*; start the destination with -M acpi=on$",
     ),
-    "a compressed page": (
-        frame(start("ram", 4, struct.pack(">Q", 0x1120))),
-        r"section 'ram' instance 0, record at offset 0x25: head 0x1120 has flags 0x120 \(CONTINUE, COMPRESS_PAGE\), "
-        "expected .*; say 'migrate_set_capability compress off' at the source$",
+    "a record of RDMA": (
+        frame(start("ram", 4, struct.pack(">Q", 0x80))),
+        r"section 'ram' instance 0, record at offset 0x25: head 0x80 has flags 0x80 \(HOOK\), expected .*"
+        "; say 'migrate_set_capability rdma-pin-all off' at the source$",
     ),
     "a subsection of Xen": (
         frame(section("cpu", 0, 12, CPU.save(CpuState())[0] + b"\x05\x0ccpu/xen_vcpu\0\0\0\1" + bytes(40))),

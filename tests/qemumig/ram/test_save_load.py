@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import zlib
 
 import pytest
 
@@ -189,6 +190,37 @@ def test_deltas_keep_the_destination_equal_through_every_round(seed: int) -> Non
     assert unchanged == cache.hits - cache.overflows - loader.encoded_pages > 0
 
 
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_compressed_pages_arrive_and_give_way_to_deltas(with_cache: bool) -> None:
+    source, target = Memory("ram", 600 * PAGE), Memory("ram", 600 * PAGE)
+    chance = random.Random(5)
+    for page in range(600):
+        source.write(page * PAGE, chance.choice([bytes(PAGE), chance.randbytes(PAGE), chance.randbytes(64) * 64]))
+    with channel_pair() as (left, right):
+        out = OutputStream(left)
+        loader = RamLoader(InputStream(right), Landing([target.block]))
+        dirty = DirtyPages([source.block], QuietLog())
+        sender = PageSender(dirty, out)
+        sender.encode_with(PageCache(1024 * PAGE) if with_cache else None)
+        sender.compress_at(1)
+        for _ in range(4):
+            thread, errors = load_in_thread(loader)
+            dirty.sync()
+            while not sender.send(1 << 20, 1000):
+                pass
+            out.write(EOS)
+            out.flush()
+            thread.join()
+            assert errors == []
+            assert target.contents() == source.contents()
+            for page in range(0, 600, 3):
+                source.write(page * PAGE + 100, chance.randbytes(8))
+                dirty.bitmaps[0].set(page)
+    assert loader.compressed_pages == sender.compressed_pages > 100
+    assert loader.normal_pages == sender.normal_pages > 100  # what does not shrink goes out whole
+    assert (loader.encoded_pages > 0) == with_cache
+
+
 def test_a_whole_page_leaves_as_the_cache_has_it_even_if_the_guest_writes_meanwhile() -> None:
     source, target = Memory("ram", 8 * PAGE), Memory("ram", 8 * PAGE)
     fill(source, 1, 0.0)
@@ -269,6 +301,13 @@ def block_list(total: int, name: bytes, length: int) -> bytes:
 
 ZERO, MEM_SIZE, FULL_PAGE, CONTINUE, DELTA = 0x2, 0x4, 0x8, 0x20, 0x40
 
+
+def compressed(data: bytes, behind: bytes = b"", cut: int = 0) -> bytes:
+    stream = zlib.compress(data, 1)
+    stream = stream[: len(stream) - cut] + behind
+    return head(0, 0x100, b"ram") + len(stream).to_bytes(4, "big") + stream
+
+
 LENGTH = 64 * PAGE
 LIES = [
     ("continue first", head(0, ZERO | CONTINUE) + b"\0", "continues a block, expected a name"),
@@ -286,7 +325,14 @@ LIES = [
     ("long delta", head(0, DELTA, b"ram") + b"\1\x10\1" + bytes(PAGE + 1), "a delta of 4097 bytes, expected at most 4096"),
     ("delta past the page", head(0, DELTA, b"ram") + b"\1\0\5\xff\x1f\2wx", "delta changes 2 bytes from 4095 on"),
     ("delta past its end", head(0, DELTA, b"ram") + b"\1\0\3\5\x10w", "changes 16 bytes, and fewer follow"),
-    ("compressed", head(0, 0x100, b"ram"), "has flags 0x100"),
+    ("no compressed data", head(0, 0x100, b"ram") + bytes(4), "compressed data of 0 bytes, expected 1 to 4110"),
+    ("long compressed data", head(0, 0x100, b"ram") + b"\0\0\x10\x0f" + bytes(4111), "of 4111 bytes, expected 1 to 4110"),
+    ("negative length", head(0, 0x100, b"ram") + b"\xff" * 4 + bytes(9), "of 4294967295 bytes, expected 1 to 4110"),
+    ("no zlib stream", head(0, 0x100, b"ram") + b"\0\0\0\4abcd", "data of 4 bytes: it is no whole zlib stream"),
+    ("two pages in one", compressed(bytes(2 * PAGE)), "it holds more than a page, or ends early"),
+    ("half a page", compressed(bytes(PAGE // 2)), "it holds less than a page"),
+    ("a page and more", compressed(bytes(PAGE), b"x"), "bytes follow the end of its zlib stream"),
+    ("half a stream", compressed(bytes(PAGE), cut=3), "it holds more than a page, or ends early|no whole zlib stream"),
     ("hook", head(0, 0x80), "has flags 0x80"),
     ("list of an unknown block", block_list(PAGE, b"rom", PAGE), "block 'rom' does not exist"),
     ("list, another length", block_list(PAGE, b"ram", PAGE), "has 0x40000 bytes here, the stream says 0x1000"),
@@ -310,10 +356,11 @@ def test_a_body_that_ends_early_is_refused_at_every_byte() -> None:
         + head(PAGE, FULL_PAGE | CONTINUE) + b"b" * PAGE
         + head(5 * PAGE, ZERO | CONTINUE) + b"\0"
         + head(PAGE, DELTA | CONTINUE) + b"\1\0\3\5\1c"
+        + compressed(b"c" * PAGE)
         + EOS
     )  # fmt: skip
     _, target = load(body)
-    assert target.read(0, 2 * PAGE) == b"a" * PAGE + b"bbbbbc" + b"b" * (PAGE - 6)
+    assert target.read(0, 2 * PAGE) == b"c" * PAGE + b"bbbbbc" + b"b" * (PAGE - 6)
     steps = [*range(0, 60), *range(60, len(body), 97), *range(len(body) - 20, len(body))]
     for length in steps:
         with pytest.raises(StreamError, match="stream ends inside"):

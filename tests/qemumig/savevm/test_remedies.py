@@ -135,7 +135,7 @@ def test_the_state_of_a_disk_tells_which_transport_it_had() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "capability"),
-    [(0x40, ""), (0x100, "compress"), (0x120, "compress"), (0x80, "rdma-pin-all"), (0x1, ""), (0xFFF, "")],
+    [(0x40, ""), (0x100, ""), (0x80, "rdma-pin-all"), (0xA0, "rdma-pin-all"), (0x1, ""), (0xFFF, "")],
 )
 def test_a_ram_record_tells_which_capability_it_belongs_to(flags: int, capability: str) -> None:
     expected = f"say 'migrate_set_capability {capability} off' at the source" if capability else ""
