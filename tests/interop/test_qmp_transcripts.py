@@ -888,7 +888,61 @@ def cancelled(stage: Stage, name: str, system: str) -> list[str]:
         return events_of(came + speaker.until("MIGRATION", status="cancelled"))
 
 
-@pytest.mark.parametrize("scenario", [refused, cancelled], ids=lambda scenario: scenario.__name__)
+def members(value: dict[str, Any]) -> list[str]:
+    return sorted(value)
+
+
+STATE = ask("query-migrate", view=members)
+PAUSE = {"capability": "pause-before-switchover", "state": True}
+GO_ON = ask("migrate-continue", {"state": "pre-switchover"})
+
+
+def paused(stage: Stage, name: str, system: str, *, end: Step, status: str) -> list[Any]:
+    """The events around a pause before the switchover that ends with *end*, and what can be seen and done in it."""
+    with Speaker(stage, f"{name}-a", system) as source, Speaker(stage, f"{name}-b", system, incoming=True) as destination:
+        for speaker in (source, destination):
+            speaker.negotiate()
+        events_on: list[Any] = [*(EVENTS_ON.arguments or {})["capabilities"], PAUSE]
+        source.answer(ask("migrate-set-capabilities", {"capabilities": events_on}))
+        source.send(ask("migrate", {"uri": listen(destination.vmm)}))
+        came = source.until("MIGRATION", status="pre-switchover")
+        seen = [source.answer(STATE)[-1], source.answer(ask("migrate-continue", {"state": "device"}))[-1]]
+        seen += [source.answer(ask("cont"))[-1], source.answer(ask("query-status", view=without("singlestep")))[-1]]
+        source.send(end)
+        came += source.until("MIGRATION", status=status)
+        # In a cancel's wake a QEMU may find an error of its channel, too.
+        after = ask("query-migrate", view=lambda value: members(without("error-desc")(value)))
+        return [events_of(came), *seen, source.answer(after)[-1]]
+
+
+def goes_on(stage: Stage, name: str, system: str) -> list[Any]:
+    return paused(stage, name, system, end=GO_ON, status="completed")
+
+
+def cancelled_in_the_pause(stage: Stage, name: str, system: str) -> list[Any]:
+    return paused(stage, name, system, end=ask("migrate_cancel"), status="cancelled")
+
+
+def yanked(stage: Stage, name: str, system: str) -> list[Any]:
+    """The events of a migration to a peer that reads nothing, broken by yank, and what query-migrate shows meanwhile."""
+    with Speaker(stage, name, system) as speaker, socket.socket(socket.AF_UNIX) as peer:
+        speaker.negotiate()
+        speaker.answer(EVENTS_ON)
+        peer.bind(str(speaker.directory / "peer"))
+        peer.listen()
+        speaker.send(ask("migrate", {"uri": "unix:DIR/peer"}))
+        came = speaker.until("MIGRATION", status="active")
+        came.append(speaker.answer(STATE)[-1])
+        speaker.send(ask("yank", {"instances": [{"type": "migration"}]}))
+        came += speaker.until("MIGRATION", status="failed")
+        return [events_of(came), speaker.answer(STATE)[-1]]
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [refused, cancelled, goes_on, cancelled_in_the_pause, yanked],
+    ids=lambda scenario: scenario.__name__,
+)
 def test_a_migration_that_fails_has_the_events_of_qemu(stage: Stage, qemu: str, scenario: Any) -> None:
     """Whether the answer or the next event is first is a race on both sides, so answers are left out."""
     require_dialect(qemu)
