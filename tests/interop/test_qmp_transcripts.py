@@ -652,6 +652,14 @@ class Speaker:
             if came[-1].get("event") == event and data.items() <= came[-1].get("data", {}).items():
                 return came
 
+    def until_answered(self, step: Step, event: str, **data: Any) -> list[Any]:
+        """Messages up to and with both an event and the answer to *step*, whichever is last."""
+        self.send(step)
+        came = self.until(event, **data)
+        while not any("return" in message for message in came):
+            came.append(self.message())
+        return came
+
 
 def agree(step: Step, ours: list[Any], theirs: list[Any]) -> bool:
     if not step.part:
@@ -904,12 +912,11 @@ def paused(stage: Stage, name: str, system: str, *, end: Step, status: str) -> l
             speaker.negotiate()
         events_on: list[Any] = [*(EVENTS_ON.arguments or {})["capabilities"], PAUSE]
         source.answer(ask("migrate-set-capabilities", {"capabilities": events_on}))
-        source.send(ask("migrate", {"uri": listen(destination.vmm)}))
-        came = source.until("MIGRATION", status="pre-switchover")
+        start = ask("migrate", {"uri": listen(destination.vmm)})
+        came = source.until_answered(start, "MIGRATION", status="pre-switchover")
         seen = [source.answer(STATE)[-1], source.answer(ask("migrate-continue", {"state": "device"}))[-1]]
         seen += [source.answer(ask("cont"))[-1], source.answer(ask("query-status", view=without("singlestep")))[-1]]
-        source.send(end)
-        came += source.until("MIGRATION", status=status)
+        came += source.until_answered(end, "MIGRATION", status=status)
         # In a cancel's wake a QEMU may find an error of its channel, too.
         after = ask("query-migrate", view=lambda value: members(without("error-desc")(value)))
         return [events_of(came), *seen, source.answer(after)[-1]]
@@ -930,11 +937,10 @@ def yanked(stage: Stage, name: str, system: str) -> list[Any]:
         speaker.answer(EVENTS_ON)
         peer.bind(str(speaker.directory / "peer"))
         peer.listen()
-        speaker.send(ask("migrate", {"uri": "unix:DIR/peer"}))
-        came = speaker.until("MIGRATION", status="active")
+        came = speaker.until_answered(ask("migrate", {"uri": "unix:DIR/peer"}), "MIGRATION", status="active")
         came.append(speaker.answer(STATE)[-1])
-        speaker.send(ask("yank", {"instances": [{"type": "migration"}]}))
-        came += speaker.until("MIGRATION", status="failed")
+        end = ask("yank", {"instances": [{"type": "migration"}]})
+        came += speaker.until_answered(end, "MIGRATION", status="failed")
         return [events_of(came), speaker.answer(STATE)[-1]]
 
 
