@@ -6,6 +6,9 @@ of both ends can be compared bit by bit; there it runs again.
 
     source ──▶ destination ──▶ return (held, compared, then started)
 
+With `--postcopy` it runs on the other side as soon as its devices are there, and what it touches is fetched while it waits:
+how many pages those are, how long each wait takes, and how long all of the guest stood still, is told as well.
+
 Whatever happens, Ctrl-C included: no process, socket, thread or temporary file stays behind.
 """
 
@@ -34,13 +37,14 @@ from .guest import (
 )
 from .interrupts import Interrupted, Interrupts
 from .progress import MB, Rounds, View, conclude, size, view_for
-from .vmm import LOW_MEMORY_END, MachineShape, MigrationOutcome, Vmm, VmmError, migrate
+from .vmm import LOW_MEMORY_END, MachineShape, MigrationOutcome, Vmm, VmmError, migrate, with_capabilities
 
 MIB = 1 << 20
 DIRTY_BASE = 16 * MIB
 LETTERS_BEFORE = 20  # the guest has proved to be alive
 LETTERS_AFTER = 100
 POLL_SECONDS = 0.02
+SLOW_PRECOPY = 64 * MIB  # bytes per second: so little has moved when postcopy begins that nearly all is left to it
 CADENCE_SECONDS = 1.0  # how long the guest is listened to before and after the switchover
 SUFFIXES = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30}
 
@@ -66,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spin", type=int, default=0, metavar="N", help="delay loop per page: lowers the dirty rate (0)")
     add("--downtime-limit", type=int, default=300, metavar="MS", help="longest downtime aimed at (300 ms)")
     add("--timeout", type=float, default=120, metavar="S", help="give up on a migration after that long (120 s)")
+    add("--postcopy", action="store_true", help="let the guest run there before its memory is there")
     add("--system", metavar="COMMAND", help="the VMM on every end (default: qemumig-system)")
     add("--source-system", metavar="COMMAND", help="the VMM the guest starts in, e.g. a QEMU with its options")
     add("--destination-system", metavar="COMMAND", help="the VMM the guest moves to")
@@ -103,6 +108,64 @@ def default_system() -> str:
 
 
 @dataclass
+class Faults:
+    """What the guest touched before it was there."""
+
+    requests: int
+    seconds: float  # from the switch to the last page
+    blocked_ms: int | None  # all vCPUs waited at once
+    distribution: list[int]  # waits by octaves of microseconds; empty where the destination does not count them
+
+    def within_us(self, share: float) -> int | None:
+        """How long *share* of the waits took at most, rounded up to a power of two."""
+        seen = 0
+        for octave, count in enumerate(self.distribution):
+            seen += count
+            if seen and seen >= share * sum(self.distribution):
+                return 2 << octave
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "requests_per_s": round(self.requests / self.seconds, 1) if self.seconds else None,
+            "seconds": round(self.seconds, 3),
+            "blocked_ms": self.blocked_ms,
+            "waits": sum(self.distribution),
+            "median_us": self.within_us(0.5),
+            "p90_us": self.within_us(0.9),
+            "p99_us": self.within_us(0.99),
+        }
+
+
+class Switch:
+    """Starts postcopy as soon as a migration is under way, and notes when the guest was handed over."""
+
+    def __init__(self, source: Vmm) -> None:
+        self._source = source
+        self._asked = False
+        self.handed_over: float | None = None
+
+    def look(self, report: dict[str, Any]) -> None:
+        """Given every report of the source."""
+        if not self._asked and report.get("status") == "active" and report["ram"]["transferred"]:
+            self._asked = True
+            self._source.command("migrate-start-postcopy")
+        if self.handed_over is None and report.get("status") == "postcopy-active":
+            self.handed_over = time.monotonic()
+
+    def faults(self, outcome: MigrationOutcome, destination: Vmm) -> Faults:
+        """What both ends say, now that it is over."""
+        report = destination.command("query-migrate")
+        return Faults(
+            outcome.report["ram"]["postcopy-requests"],
+            outcome.ended - self.handed_over if self.handed_over is not None else 0.0,
+            report.get("postcopy-blocktime"),
+            report.get("postcopy-latency-dist", []),
+        )
+
+
+@dataclass
 class Hop:
     """One migration, in figures; times in milliseconds."""
 
@@ -111,6 +174,7 @@ class Hop:
     outcome: MigrationOutcome
     rounds: Rounds
     silence: dict[str, float] = field(default_factory=dict)
+    faults: Faults | None = None
 
     def as_json(self) -> dict[str, Any]:
         report = self.outcome.report
@@ -127,6 +191,7 @@ class Hop:
             "memory_mb_per_s": round(ram["total"] / seconds / MB, 1) if seconds else None,
             "pages": {"normal": ram["normal"], "zero": ram["duplicate"]},
             "bitmap_syncs": ram["dirty-sync-count"],
+            **({"postcopy": self.faults.as_json()} if self.faults is not None else {}),
             "rounds": [done.as_json() for done in self.rounds.finished],
         }
 
@@ -182,7 +247,10 @@ class Demo:
             vmm = Vmm(name, system, self._directory, self._shape, incoming=incoming, stopped=stopped)
             self._owned.callback(vmm.close)
         vmm.connect()
-        vmm.command("migrate-set-parameters", max_bandwidth=0, downtime_limit=self.args.downtime_limit)
+        bandwidth = SLOW_PRECOPY if self.args.postcopy else 0
+        vmm.command("migrate-set-parameters", max_bandwidth=bandwidth, downtime_limit=self.args.downtime_limit)
+        if self.args.postcopy:
+            with_capabilities([vmm], postcopy_ram=True, postcopy_blocktime=True)
         return vmm
 
     def _start_first_two(self) -> tuple[Vmm, Vmm]:
@@ -203,8 +271,11 @@ class Demo:
 
     def _hop(self, source: Vmm, destination: Vmm) -> Hop:
         rounds = Rounds(self.args.downtime_limit)
+        switch = Switch(source) if self.args.postcopy else None
 
         def progress(report: dict[str, Any]) -> None:
+            if switch is not None:
+                switch.look(report)
             sample, ended = rounds.add(report)
             if ended:
                 self.view.row(ended)
@@ -216,7 +287,8 @@ class Demo:
             outcome = migrate(source, destination, progress=progress, timeout=self.args.timeout, poll=POLL_SECONDS)
         finally:
             self.view.end()
-        return Hop(source.name, destination.name, outcome, rounds)
+        faults = switch.faults(outcome, destination) if switch is not None else None
+        return Hop(source.name, destination.name, outcome, rounds, faults=faults)
 
     def _listen_after(self, source: Vmm, destination: Vmm, hop: Hop) -> None:
         destination.wait_runstate("running")
@@ -278,7 +350,21 @@ class Demo:
                 f"  the guest was silent for {facts['silence_ms']} ms across the switchover (normally it prints "
                 f"every {facts['cadence_ms']} ms); longest silence around it {facts['longest_silence_ms']} ms"
             )
+        if hop.faults is not None:
+            self._tell_faults(hop.faults)
         say(f"  pages: {facts['pages']['normal']} sent whole, {facts['pages']['zero']} as zero")
+
+    def _tell_faults(self, faults: Faults) -> None:
+        facts = faults.as_json()
+        text = f"  postcopy: {facts['requests']} pages asked for in {facts['seconds']} s"
+        if facts["waits"]:
+            text += (
+                f", {facts['waits']} waits: half within {facts['median_us']} µs, 90 % within {facts['p90_us']} µs, "
+                f"99 % within {facts['p99_us']} µs"
+            )
+        if facts["blocked_ms"] is not None:
+            text += f"; all vCPUs waited at once for {facts['blocked_ms']} ms"
+        self.view.say(text)
 
 
 def check_sizes(args: argparse.Namespace) -> None:

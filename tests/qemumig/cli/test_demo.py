@@ -53,6 +53,19 @@ def test_demo_proves_a_migration_between_our_own(
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.needs("kvm", "userfaultfd")
+@pytest.mark.usefixtures("no_leaks")
+def test_demo_of_postcopy_tells_what_the_guest_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--postcopy", "--json"]) == 0
+    output = capsys.readouterr().out
+    check_proof(output)
+    for hop in ("there", "back"):
+        facts = json.loads(output)[hop]["postcopy"]
+        assert facts["seconds"] > 0
+        assert facts["waits"] >= 0 and facts["blocked_ms"] is not None
+    assert json.loads(output)["there"]["postcopy"]["requests"] > 0
+
+
 def test_plain_output_tells_rounds_figures_and_proof(qemu: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--system", qemu]) == 0
     text = capsys.readouterr().out
