@@ -135,10 +135,16 @@ class Attempt:
         """As if the network had broken; a connection that is not there yet never will be."""
         with self._lock:
             if self._channel is not None:
-                self._channel.shutdown()
+                self._shut_channels(self._channel)
             else:
                 self._broken = True
                 self._quit.set()
+
+    def _shut_channels(self, main: Channel) -> None:
+        """Let nobody wait any more for bytes, or for room for them."""
+        main.shutdown()
+        if self._senders is not None:
+            self._senders.break_connections()
 
     def proceed(self) -> None:
         """Go on from the pause before the switchover."""
@@ -241,7 +247,7 @@ class Attempt:
         """Who does not answer any more will never have the guest: let nobody wait for room on the way there."""
         with self._lock:
             if self._channel is not None and not self._committed:
-                self._channel.shutdown()
+                self._shut_channels(self._channel)
 
     def _wants_return_path(self, channel: Channel) -> bool:
         """Whether there is to be one: a default gives way to a transport that has none, a choice does not."""

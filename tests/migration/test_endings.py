@@ -240,20 +240,47 @@ def test_a_peer_that_stops_reading_does_not_hold_a_cancel() -> None:
         connection.close()
 
 
-def test_a_tunnel_whose_far_end_is_gone_does_not_hold_the_source() -> None:
-    """It says so backwards, and goes on to take nothing."""
-    with Pair(ram_size=32 << 20) as pair, socket.create_server(("127.0.0.1", 0)) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        pair.link.port = deaf.getsockname()[1]
+class Deaf:
+    """A listener that takes every connection and reads nothing."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=16)
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.port = self._server.getsockname()[1]
+        self.connections: list[socket.socket] = []
+
+    def take(self, count: int) -> None:
+        self.connections += [self._server.accept()[0] for _ in range(count)]
+
+    def close(self) -> None:
+        for one in (self._server, *self.connections):
+            one.close()
+
+
+@pytest.mark.parametrize("channels", [1, 3], ids=["one-channel", "multifd"])
+@pytest.mark.parametrize("how", ["yank", "tunnel"])
+def test_a_source_before_a_full_way_is_set_free(how: str, channels: int) -> None:
+    """By a yank; or when a tunnel, whose far end is gone, says so backwards, and goes on to take nothing."""
+    with Pair(ram_size=32 << 20) as pair:
+        options = pair.migration._options
+        options.set_capabilities([("multifd", channels > 1)])
+        options.set_parameters({"multifd-channels": channels - 1 or 2})
+        deaf = Deaf()
+        pair.link.port = deaf.port
         pair.start()
-        connection, _ = deaf.accept()
+        deaf.take(channels)
         wait_for(lambda: pair.migration.status.value == "active", "the rounds")
-        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: pair.migration.query()["ram"]["transferred"] > 0, "the first pages")
+        if how == "yank":
+            pair.migration.break_connection()
+        else:
+            deaf.connections[0].shutdown(socket.SHUT_WR)
         wait_for(lambda: not pair.migration.is_running, "the source to end")
         assert pair.migration.status.value == "failed"
-        assert "the destination closed the connection before it had loaded" in pair.migration.query()["error-desc"]
+        reason = "the destination closed the connection before it had loaded" if how == "tunnel" else "Broken pipe"
+        assert reason in pair.migration.query()["error-desc"]
         pair.assert_guest_at("source")
-        connection.close()
+        deaf.close()
 
 
 def test_a_source_migrates_again_after_a_failure_and_so_does_the_destination() -> None:
