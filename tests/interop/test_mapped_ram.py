@@ -58,6 +58,24 @@ def test_a_running_guest_is_saved_and_goes_on(stage: Stage, qemu: str, direction
 
 
 @both_ways
+def test_with_multifd_the_numbers_of_channels_may_differ(stage: Stage, qemu: str, direction: str) -> None:
+    """By direct-io, too, where the file system has it; what the file looks like does not tell."""
+    source, destination = ends(stage, direction, qemu)
+    with_capabilities([source, destination], multifd=True)
+    file = stage.directory / "guest.ram"
+    file.touch()
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+        direct_io = True
+    except OSError:
+        direct_io = False
+    source.command("migrate-set-parameters", multifd_channels=3, direct_io=direct_io)
+    destination.command("migrate-set-parameters", multifd_channels=2, direct_io=direct_io)
+    save_and_load(stage, source, destination, f"file:{file}")
+    assert file.stat().st_blocks * 512 < 48 * MIB
+
+
+@both_ways
 def test_through_descriptors_that_a_client_passed_in(stage: Stage, qemu: str, direction: str) -> None:
     source, destination = ends(stage, direction, qemu)
     file = stage.directory / "guest.ram"
