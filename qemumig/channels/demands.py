@@ -23,6 +23,16 @@ def check_transport(options: MigrationOptions, address: Address) -> None:
         raise _unfit("mapped-ram", "Cannot use TLS with mapped-ram")
     if mapped and options.parameter("multifd-compression") != "none":
         raise _unfit("mapped-ram", "Cannot use compression with mapped-ram")
+    _check_compress(options)
+
+
+def _check_compress(options: MigrationOptions) -> None:
+    """OptionError when pages are to be compressed in the old way and go another way than as records (compress.md §2)."""
+    if not options.migration_property("x-compress"):
+        return
+    for name in ("multifd", "mapped-ram", "postcopy-preempt", "background-snapshot"):
+        if options.capability(name):
+            raise _unfit(name, f"capability '{name}' is not compatible with -global migration.x-compress=on")
 
 
 def _unfit(name: str, text: str) -> OptionError:

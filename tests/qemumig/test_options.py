@@ -193,3 +193,13 @@ def test_a_bad_property_is_refused(name: str, value: str, finding: str) -> None:
     with pytest.raises(OptionError) as caught:
         MigrationOptions().set_property(name, value)
     assert finding in str(caught.value)
+
+
+def test_compression_of_old_qemus_is_chosen_by_their_property_names() -> None:
+    made = MigrationOptions()
+    made.set_property("x-compress", "on")
+    made.set_property("x-compress-level", "9")
+    assert (made.migration_property("x-compress"), made.migration_property("x-compress-level")) == (True, 9)
+    with pytest.raises(OptionError, match="x-compress-level=10: expected a value between 0 and 9"):
+        made.set_property("x-compress-level", "10")
+    assert "compress" not in made.capabilities()
