@@ -297,6 +297,8 @@ class IncomingMigration:
         """Nobody else writes to guest memory or uses a channel any more."""
         assert self._quit is not None
         self._quit.set()
+        if self._arrivals is not None:
+            self._arrivals.end_watch()
         if self._loader is not None and self._loader.receivers is not None:
             self._loader.receivers.stop()
         if self._arrivals is not None:

@@ -118,9 +118,8 @@ cdef class Decompressor:
     cdef bint is_used_up(self) noexcept nogil:
         """Whether the packet holds nothing else than what was asked for."""
         cdef uint8_t byte
-        if self.consumed < self.length:
-            self.fill(&byte, 0)  # what ends a block makes no output
-        return self.consumed == self.length
+        # what ends a block makes no output, and what the library holds back would show now
+        return self.fill(&byte, 1) == CODEC_SHORT and self.consumed == self.length
 
     cdef str failure(self):
         return "this decompressor decompresses nothing"

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..channels.channel import Channel, QuitEvent
+from ..channels.channel import Channel, QuitEvent, has_hung_up
 from ..channels.connect import Listener
 from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError, StreamError
 from ..options import MigrationOptions
@@ -71,6 +71,7 @@ class Arrivals:
         self._listener.expect(self.expected + 1)
         while self.main is None or len(self.channels) < self.expected:
             self._step(self._patience_ms())
+            self._let_go()
 
     def _patience_ms(self) -> int | None:
         """How long to wait for the next one; ChannelError when that was long enough."""
@@ -83,9 +84,29 @@ class Arrivals:
             )
         return int(left * 1000) + 1
 
+    def _present(self) -> list[Channel]:
+        """Those who belong here and have come."""
+        main = [self.main] if self.main is not None else []
+        return main + [stream.channel for stream in self.channels.values()]
+
+    def _let_go(self) -> None:
+        """Forget the channels of a source that has left again; StreamError when it had begun to send."""
+        if not any(has_hung_up(channel.read_fd) for channel in self._present()):
+            return
+        if self.main is not None and self.expected:
+            missing = self.expected - len(self.channels)
+            raise StreamError(f"the source has gone while {missing} of {self.expected} multifd channels were missing")
+        for number, stream in list(self.channels.items()):
+            if has_hung_up(stream.channel.read_fd):
+                print(f"migration: multifd channel {number} has gone before there was a main one", file=sys.stderr)
+                stream.channel.close()
+                del self.channels[number]
+
     def _step(self, timeout_ms: int | None = None) -> bool:
         """Wait for the next thing to happen; whether it was a connection."""
         events = {channel.read_fd: select.POLLIN for channel in self._silent}
+        if self._stop is None and self.expected:
+            events |= {channel.read_fd: select.POLLRDHUP for channel in self._present()}  # who may leave again
         if self._stop is not None:
             events[self._stop.fd] = select.POLLIN
         channel = self._listener.accept_among(events, timeout_ms)
@@ -148,6 +169,8 @@ class Arrivals:
             raise StreamError(
                 f"the source has a multifd channel {channel_id}, this side has {self.expected} of them: {EQUAL}"
             )
+        if self._stop is None:  # one that has left again makes room for its successor
+            self._let_go()
         if channel_id in self.channels:
             raise StreamError(f"multifd channel {channel_id} has come twice")
         del self._silent[channel]
@@ -179,11 +202,12 @@ class Arrivals:
 
     def check_surplus(self) -> None:
         """The load is complete: raise what there is to say about a channel too many that nobody has looked at yet."""
-        self._end_watch()
+        self.end_watch()
         while self._step(0):
             pass
 
-    def _end_watch(self) -> None:
+    def end_watch(self) -> None:
+        """Nobody looks out any more."""
         if self._stop is None or self._thread is None:
             return
         self._stop.set()
@@ -193,7 +217,7 @@ class Arrivals:
 
     def close(self) -> None:
         """Give back all channels but the main one; nobody uses them any more."""
-        self._end_watch()
+        self.end_watch()
         for channel in (*self._silent, *(stream.channel for stream in self.channels.values())):
             channel.close()
         self._silent.clear()

@@ -80,3 +80,4 @@ class Receivers:
         self._meeting.close(is_complete=False)
         for thread in self._threads:
             thread.join()
+        self._meeting.release()

@@ -29,6 +29,8 @@ class Meeting:
         """A channel failed of *error*; all others end, too."""
     def raise_failure(self) -> None:
         """Raise what a channel failed of, if one did."""
+    def release(self) -> None:
+        """Give the descriptor back: the channels' threads have ended, and nobody waits any more."""
     def close(self, *, is_complete: bool) -> None:
         """Nothing is loaded any more, and nobody waits.
 

@@ -72,9 +72,15 @@ cdef class Meeting:
         self.report_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __dealloc__(self):
-        os.close(self.report_fd)
+        self.release()
         pthread_cond_destroy(&self.released)
         pthread_mutex_destroy(&self.mutex)
+
+    def release(self):
+        """Give the descriptor back: nobody waits any more."""
+        if self.report_fd >= 0:
+            os.close(self.report_fd)
+            self.report_fd = -1
 
     # ---- for the channels ----
 

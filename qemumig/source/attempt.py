@@ -506,7 +506,7 @@ class Attempt:
         if self._states.status is MigrationStatus.CANCELLING:
             self.error = error
             return  # cancelled once everything is cleaned up
-        self.error = self._with_reason(error)
+        self.error = self._with_hint(self._with_reason(error))
         trace.migrate_error(self.error)
         self._states.advance_from_any(MigrationStatus.FAILED)
 
@@ -521,6 +521,17 @@ class Attempt:
                 return error
             reason = str(path.error) if isinstance(path.error, StreamError) else reason
         return ChannelError(f"{error}; {reason}", channel=error.channel, errno=error.errno)
+
+    def _with_hint(self, error: MigrationError | None) -> MigrationError | None:
+        """With multifd, a destination that leaves may have other parameters: it had no way to say so."""
+        path = self._return_path
+        has_left = path is not None and (path.verdict is Verdict.REFUSED or not path.has_heard)
+        if self._senders is None or not has_left or not isinstance(error, ChannelError | StreamError):
+            return error
+        hint = "parameters 'multifd-channels' and 'multifd-compression' must be equal on both sides"
+        if isinstance(error, ChannelError):
+            return ChannelError(f"{error}; {hint}", channel=error.channel, errno=error.errno)
+        return StreamError(str(error), offset=error.offset, section=error.section, remedy=hint)
 
     def _resume_guest(self) -> None:
         if self._noted_runstate is None or self.machine.runstate is not RunState.FINISH_MIGRATE:

@@ -77,6 +77,11 @@ class ReturnPath:
         with self._changed:
             return self._changed.wait_for(lambda: self.verdict is not None, timeout_s)
 
+    @property
+    def has_heard(self) -> bool:
+        """Whether any ping was answered."""
+        return self._ponged is not None
+
     def wait_pong(self, value: int) -> bool:
         """Until the destination has answered the ping *value*; False when the path ended instead."""
         with self._changed:

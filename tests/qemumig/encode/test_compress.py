@@ -1,0 +1,108 @@
+"""Streams of compressed packets: what goes in comes out, and nothing is written past its end."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import pytest
+import zstandard
+
+from qemumig.encode.compress import (
+    Compressor,
+    Decompressor,
+    ZlibCompressor,
+    ZlibDecompressor,
+    ZstdCompressor,
+    ZstdDecompressor,
+)
+from qemumig.encode.libraries import Library, functions_of
+from qemumig.errors import OptionError
+
+ENDS = {"zlib": (ZlibCompressor, ZlibDecompressor), "zstd": (ZstdCompressor, ZstdDecompressor)}
+both = pytest.mark.parametrize("method", ENDS)
+
+
+def ends(method: str, level: int = 1) -> tuple[Compressor, Decompressor]:
+    compressor, decompressor = ENDS[method]
+    return compressor(level), decompressor()
+
+
+def pages(chance: random.Random, count: int) -> bytes:
+    """Half of each page is noise."""
+    return b"".join(chance.randbytes(2048) + bytes(2048) for _ in range(count))
+
+
+@both
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+def test_packets_of_one_stream_come_out_as_they_went_in(method: str, level: int) -> None:
+    chance = random.Random(level)
+    compressor, decompressor = ends(method, level)
+    for count in (1, 128, 3, 64, 128):
+        data = pages(chance, count)
+        packet = compressor.compress(data)
+        assert level == 0 or len(packet) < 0.7 * len(data)
+        assert decompressor.decompress(packet, len(data)) == data
+
+
+@both
+def test_a_page_that_came_before_costs_little(method: str) -> None:
+    """It is one stream: what was sent in the packet before is still known."""
+    compressor, _ = ends(method)
+    data = random.Random(1).randbytes(4096)
+    compressor.compress(data)
+    assert len(compressor.compress(data)) < 1000
+
+
+def test_others_understand_the_streams() -> None:
+    data = pages(random.Random(2), 40)
+    packet = ZlibCompressor(1).compress(data)
+    assert packet[:1] == b"\x78" and packet.endswith(b"\0\0\xff\xff")
+    assert zlib.decompressobj().decompress(packet) == data
+    packet = ZstdCompressor(1).compress(data)
+    assert packet.startswith(b"\x28\xb5\x2f\xfd")
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(packet) == data
+
+
+@both
+def test_noise_has_room_in_a_packet(method: str) -> None:
+    data = random.Random(3).randbytes(128 * 4096)
+    compressor, decompressor = ends(method)
+    assert decompressor.decompress(compressor.compress(data), len(data)) == data
+
+
+@both
+def test_a_target_without_room_is_told(method: str) -> None:
+    with pytest.raises(ValueError, match="no room"):
+        ends(method)[0].compress(random.Random(4).randbytes(4096), capacity=4000)
+
+
+@both
+@pytest.mark.parametrize(("there", "wanted", "finding"), [(2, 3, "fewer"), (3, 2, "more")])
+def test_more_or_less_than_announced_is_told(method: str, there: int, wanted: int, finding: str) -> None:
+    compressor, decompressor = ends(method)
+    packet = compressor.compress(pages(random.Random(5), there))
+    with pytest.raises(ValueError, match=finding):
+        decompressor.decompress(packet, wanted * 4096)
+
+
+@both
+def test_damaged_data_never_gets_past_the_target(method: str) -> None:
+    """It fails, or makes what it was to make."""
+    chance = random.Random(6)
+    good = ends(method)[0].compress(pages(chance, 8))
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(good)
+        for _ in range(chance.randrange(1, 4)):
+            damaged[chance.randrange(chance.choice((12, len(damaged))))] = chance.randrange(256)  # the head decides most
+        try:
+            assert len(ends(method)[1].decompress(bytes(damaged), 8 * 4096)) == 8 * 4096
+        except ValueError:
+            refused += 1
+    assert refused > 20
+
+
+def test_a_library_that_is_missing_is_named_with_its_package() -> None:
+    with pytest.raises(OptionError, match=r"multifd-compression lost needs liblost\.so\.1 .*apt-get install liblost1"):
+        functions_of(Library("lost", "liblost.so.1", "liblost1", ("lose",)))
