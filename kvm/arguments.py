@@ -83,6 +83,7 @@ class Arguments:
     kernel_irqchip: str = "split"
     chipset: Chipset = field(default_factory=Chipset)
     bios: str | None = None
+    kernel: str | None = None
     serials: list[str] = field(default_factory=list)
     chardevs: list[str] = field(default_factory=list)
     monitors: list[MonitorRequest] = field(default_factory=list)
@@ -114,6 +115,7 @@ class Arguments:
     migration_properties: list[tuple[str, str]] = field(default_factory=list)
     vapic: bool = True
     traces: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)  # as typed, by key
+    log_file: str | None = None  # -D
     warnings: list[str] = field(default_factory=list)
 
     @property

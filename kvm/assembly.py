@@ -17,7 +17,8 @@ from qemumig.commands.command import CommandError
 
 from .arguments import Arguments, ObjectRequest
 from .block_options import IDE, IDE_PLACES, VIRTIO, Disks
-from .chardev import CharBackend
+from .boot import FirmwareError
+from .chardev import CharBackend, reason
 from .config import MachineConfig
 from .from_text import block_pairs
 from .keyval import UsageError
@@ -46,7 +47,9 @@ class Assembly:
 
     def _no_disks(self) -> Disks:
         arguments = self._arguments
-        if arguments.machine_type.is_pc:
+        if arguments.machine_type.is_empty:
+            disks = Disks(self._warn, 0)
+        elif arguments.machine_type.is_pc:
             disks = Disks(self._warn, IDE_PLACES, IDE)
         else:
             disks = Disks(self._warn, arguments.chipset.virtio_slots, VIRTIO)
@@ -85,8 +88,13 @@ class Assembly:
             name=arguments.name,
             incoming=arguments.incoming is not None,
         )
+        if arguments.kernel is not None:
+            _refuse_kernel(arguments.kernel)
         if arguments.machine_type.is_empty:
             config.cpus, config.ram_size = 0, 0
+            self._add_disks(config)
+            if config.blobs:
+                raise UsageError(f"-device loader: machine '{arguments.machine_type.name}' has no memory")
             return config
         config.ram_size = arguments.ram_size or config.ram_size
         self._add_memory(config)
@@ -152,3 +160,12 @@ def ram_idstr(request: ObjectRequest) -> str:
     if request.properties.get("x-use-canonical-path-for-ramblock-id"):
         return f"/objects/{request.id}"
     return request.id
+
+
+def _refuse_kernel(path: str) -> None:
+    """Say why -kernel does not start *path*: first of all, whether there is such a file, as QEMU does."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise FirmwareError(f"qemu: could not open kernel file '{path}': {reason(error)}") from error
+    raise UsageError(f"-kernel {path}: kernels are not loaded here; a firmware image is (-bios), or a boot sector (-hda)")

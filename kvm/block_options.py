@@ -130,13 +130,15 @@ class Disks:
         """`-drive`."""
         pairs: Pairs = dict(split(text, "file"))
         interface = self._interface(pairs)
-        place = self._ide_place(pairs) if interface == "ide" else None
-        name = self._drive_name(pairs, place)
-        self.drive_texts.append(text if "id" in pairs else f"{text},id={name}")
+        name = self._drive_name(pairs, interface)
         self._drives[name] = self._open_drive(name, pairs)
-        if place is not None:
-            self._attach(IDE, self._drives[name], place, {"driver": IDE, "drive": name})
-            self.device_texts.append(f"{IDE},drive={name}")
+        self.drive_texts.append(text if "id" in pairs else f"{text},id={name}")
+        if interface == "none":
+            return
+        if (interface, self._kind) != ("ide", IDE):
+            raise UsageError(f"machine type does not support if={interface},bus=0,unit=0")
+        self._attach(IDE, self._drives[name], self._ide_place(pairs), {"driver": IDE, "drive": name})
+        self.device_texts.append(f"{IDE},drive={name}")
 
     def _open_drive(self, name: str, pairs: Pairs) -> Drive:
         format_ = pairs.get("format")
@@ -170,8 +172,6 @@ class Disks:
         interface = pairs.get("if", "ide" if self._kind == IDE else "none") or ""
         if interface not in ("none", "ide", "scsi", "virtio", "floppy", "pflash", "mtd", "sd", "xen"):
             raise UsageError(f"unsupported bus type '{interface}'")
-        if interface != "none" and (interface, self._kind) != ("ide", IDE):
-            raise UsageError(f"machine type does not support if={interface} here; if=none and a -device do")
         return interface
 
     def _ide_place(self, pairs: Pairs) -> int:
@@ -189,10 +189,13 @@ class Disks:
             raise UsageError(f"drive with bus={index // 2}, unit={index % 2} (index={index}) exists")
         return index
 
-    def _drive_name(self, pairs: Pairs, place: int | None) -> str:
-        if "id" not in pairs and place is None:
-            raise UsageError("a drive that a -device shall use needs an id")
-        name = identifier("id", pairs.get("id", f"ide{(place or 0) // 2}-hd{(place or 0) % 2}"))
+    def _drive_name(self, pairs: Pairs, interface: str) -> str:
+        """The drive's id, or the name that one without gets."""
+        if "id" in pairs:
+            name = identifier("id", pairs["id"])
+        else:
+            free = (f"{interface}{number}" for number in range(len(self._drives) + 1))
+            name = next(one for one in free if one not in self._drives)
         if name in self._drives:
             raise UsageError(f"Duplicate ID '{name}' for drive")
         return name

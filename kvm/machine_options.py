@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .arguments import Arguments, HelpRequested
 from .config import Chipset
+from .cpuid import FEATURES
 from .keyval import UsageError, choice, integer, size, split, switch, unique
 from .machine_types import (
     DEFAULT,
@@ -87,9 +88,13 @@ def cpu(arguments: Arguments, text: str) -> None:
 
 
 def _cpu_feature(model: str, key: str, value: str | None) -> tuple[str, bool]:
+    driver = f"{model}-x86_64-cpu"
     if value is None and key[:1] in ("+", "-"):
         return key[1:], key[0] == "+"
-    return key, global_switch(f"{model}-x86_64-cpu", key, value or "on")
+    if value is not None and model in CPU_MODELS and key not in FEATURES:
+        text = f"can't apply global {driver}.{key}={value}: Property '{driver}.{key}' not found"
+        raise UsageError(text, complete=True)
+    return key, global_switch(driver, key, value or "on")
 
 
 def global_switch(driver: str, name: str, value: str) -> bool:

@@ -37,10 +37,10 @@ from .monitor.front_doors import FrontDoors
 from .monitor.qmp import session_commands, take_fd
 from .monitor.registry import Registry
 from .monitor.yank import Yank
-from .options import parse
+from .options import LogItemsRequested, parse
 from .process import Background, PidFile, confine, end_with_parent
 from .signals import SignalWatcher, describe
-from .trace_options import start_tracing
+from .trace_options import start_tracing, trace_to
 
 if TYPE_CHECKING:
     from qemumig.commands.command import Command
@@ -58,20 +58,23 @@ SWITCH_INTERVAL_S = 0.0005  # a vCPU that comes out of the guest needs the inter
 def main(argv: list[str] | None = None) -> int:
     """Run the command line *argv*; the exit status."""
     diagnostics = Diagnostics()
+    arguments = Arguments()
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        parse(sys.argv[1:] if argv is None else argv, arguments)
     except HelpRequested as text:
         print(text)
-        return 0
+        return int(isinstance(text, LogItemsRequested))
     except UsageError as error:
+        prepare(diagnostics, arguments)
         diagnostics.error(error)
         return 1
     if arguments.run_with.exit_with_parent:
         end_with_parent()
-    diagnostics.timestamps = arguments.timestamps
-    diagnostics.guest = (arguments.name or "") if arguments.names_guest else ""
+    prepare(diagnostics, arguments)
     for warning in arguments.warnings:
         diagnostics.say(warning)
+    if not trace_to(trace.TRACE, arguments.log_file, diagnostics):
+        return 1
     if not start_tracing(trace.TRACE, arguments.traces, diagnostics):
         return 1
     background = None
@@ -84,6 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         take_name(arguments.process_name.encode()[:NAME_BYTES].decode(errors="ignore"))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(Program(arguments, diagnostics, background).run())
+
+
+def prepare(diagnostics: Diagnostics, arguments: Arguments) -> None:
+    """Say things as -msg wants them."""
+    diagnostics.timestamps = arguments.timestamps
+    diagnostics.guest = (arguments.name or "") if arguments.names_guest else ""
 
 
 WORKERS = 4  # threads for what would hold up the loop: opening channels, joining a migration
@@ -168,7 +177,7 @@ class Program:
 
     def _serial_port(self) -> CharBackend | None:
         for device in self._arguments.serial_devices()[:1]:
-            if device != "none" and not self._arguments.machine_type.is_empty:
+            if device != "none":
                 consequence = f"could not connect serial device to character backend '{device}'"
                 return self._devices.add_device("-serial", device, "serial0", consequence)
         return None

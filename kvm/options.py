@@ -26,6 +26,14 @@ URI_FORM = re.compile(r"[a-z]+:")
 VERSION = "QEMU emulator version {major}.{minor}.{micro}".format(**EMULATED) + f" ({PACKAGE})"
 
 
+class LogItemsRequested(HelpRequested):
+    """The same, but it counts as a mistake."""
+
+
+LOG_ITEMS = "Log items (comma separated):\ntrace:PATTERN   enable trace events"
+VGA_CARDS = ("std", "cirrus", "vmware", "qxl", "virtio", "xenfb")
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: its value as help shows it ("" for none), a line of help, and what it does."""
@@ -36,13 +44,16 @@ class Option:
     act: Callable[[Arguments, str], None]
 
 
-def parse(argv: list[str]) -> Arguments:
-    """The meaning of the command line; UsageError or HelpRequested."""
-    arguments = Arguments()
+def parse(argv: list[str], arguments: Arguments | None = None) -> Arguments:
+    """The meaning of the command line; UsageError or HelpRequested.
+
+    *arguments*, if given, has what was understood of it when an error is raised.
+    """
+    arguments = arguments or Arguments()
     words = iter(argv)
     for word in words:
         if not word.startswith("-") or word == "-":
-            arguments.drives.append(DriveRequest(word, first_disk(word)))
+            arguments.drives.append(DriveRequest(word, ide_disk(word, 0)))
             continue
         option = OPTIONS.get(word.removeprefix("-").removeprefix("-"))
         if option is None:
@@ -146,13 +157,34 @@ def _drive(arguments: Arguments, text: str) -> None:
     arguments.drives.append(DriveRequest(f"-drive {text}", text))
 
 
-def first_disk(path: str) -> str:
-    """What -drive would say about the image at *path* that is the first disk."""
-    return f"file={path.replace(',', ',,')},if=ide,index=0,media=disk"
+def ide_disk(path: str, index: int) -> str:
+    """What -drive would say about the image at *path* that is disk *index*."""
+    return f"file={path.replace(',', ',,')},if=ide,index={index},media=disk"
 
 
-def _hda(arguments: Arguments, text: str) -> None:
-    arguments.drives.append(DriveRequest(f"-hda {text}", first_disk(text)))
+def _hd(letter: str) -> Callable[[Arguments, str], None]:
+    """-hda to -hdd."""
+
+    def act(arguments: Arguments, text: str) -> None:
+        arguments.drives.append(DriveRequest(f"-hd{letter} {text}", ide_disk(text, "abcd".index(letter))))
+
+    return act
+
+
+def _kernel(arguments: Arguments, text: str) -> None:
+    arguments.kernel = text
+
+
+def _log_file(arguments: Arguments, text: str) -> None:
+    arguments.log_file = text
+
+
+def _log_items(arguments: Arguments, text: str) -> None:
+    """-d: all that is logged here are trace events."""
+    for item in text.split(","):
+        if not item.startswith("trace:"):
+            raise LogItemsRequested(LOG_ITEMS)
+        arguments.traces.append((item, {"enable": item.removeprefix("trace:")}))
 
 
 def _device(arguments: Arguments, text: str) -> None:
@@ -223,6 +255,8 @@ def _only_none(key: str) -> Callable[[Arguments, str], None]:
 
 
 def _vga(arguments: Arguments, text: str) -> None:
+    if text in VGA_CARDS:
+        raise UsageError("there is no display here: leave it out or say -vga none")
     if text != "none":
         raise UsageError(f"unknown vga type: {text}", complete=True)
 
@@ -337,8 +371,6 @@ def _check(arguments: Arguments) -> None:
     kind = arguments.machine_type
     if arguments.bios is None and not (kind.is_pc or kind.is_empty):
         raise UsageError("no firmware: -bios FILE names the image to start")
-    if kind.is_empty and (arguments.devices or arguments.drives):
-        raise UsageError(f"machine '{kind.name}' has no place for devices")
     if len(arguments.serials) > 1 and any(device != "none" for device in arguments.serials[1:]):
         raise UsageError(f"-serial {arguments.serials[1]}: machine '{kind.name}' has one serial port here")
     if not arguments.machine_switch("isa-serial", True) and arguments.serials not in ([], ["none"]):
@@ -382,7 +414,9 @@ OPTIONS = {
             _blockdev,
         ),
         Option("drive", "if=none,id=ID,file=FILE,format=raw…", "the same in other words; drive=ID uses it", _drive),
-        Option("hda", "FILE", "the first disk of a PC, a raw image; so does FILE alone", _hda),
+        Option("hda", "FILE", "the first disk of a PC, a raw image; so does FILE alone", _hd("a")),
+        *(Option(f"hd{letter}", "FILE", "", _hd(letter)) for letter in "bcd"),
+        Option("kernel", "FILE", "", _kernel),
         Option(
             "device",
             "virtio-blk-device|ide-hd,drive=NODE…",
@@ -427,6 +461,8 @@ OPTIONS = {
             "trace events to stderr or a file; help lists them",
             _trace,
         ),
+        Option("D", "FILE", "trace events go to a file", _log_file),
+        Option("d", "trace:PATTERN[,…]", "the same as -trace PATTERN", _log_items),
         Option("nographic", "", "serial port and monitor go to stdio unless options say otherwise; Ctrl-A c", _nographic),
         Option("nodefaults", "", "no serial port unless -serial asks for one", _no_defaults),
         Option("no-user-config", "", "accepted: there are no configuration files", _nothing),

@@ -425,7 +425,17 @@ def program():
             ["-device loader,file={d}/no,addr=0: Cannot load specified image {d}/no: No such file or directory"],
         ),
         (["-device", "ide-hd,drive=d0"], ["-device ide-hd,drive=d0: No 'IDE' bus found for device 'ide-hd'"]),
-        (["-hda", "{d}/no"], ["-hda {d}/no: machine type does not support if=ide here; if=none and a -device do"]),
+        (["-hda", "{d}/no"], ["-hda {d}/no: Could not open '{d}/no': No such file or directory"]),
+        (
+            ["-drive", f"file={GUEST},format=raw,if=ide"],
+            [f"-drive file={GUEST},format=raw,if=ide: machine type does not support if=ide,bus=0,unit=0"],
+        ),
+        (
+            ["-kernel", str(GUEST)],
+            [f"-kernel {GUEST}: kernels are not loaded here; a firmware image is (-bios), or a boot sector (-hda)"],
+        ),
+        (["-vga", "std"], ["-vga std: there is no display here: leave it out or say -vga none"]),
+        (["-D", "{d}/no/log"], ["Error opening logfile {d}/no/log: No such file or directory"]),
         (["-mon", "nope,mode=control"], ['-mon nope,mode=control: chardev "nope" not found']),
         (["-pidfile", "{d}/no/pid"], ["cannot create PID file: Could not create '{d}/no/pid': No such file or directory"]),
         (

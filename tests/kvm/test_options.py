@@ -516,7 +516,6 @@ def test_accelerators_that_cannot_be_are_told_why(argv, lines):
     ("argv", "line"),
     [
         ("-M none -smp 2", "Invalid SMP CPUs 2. The max CPUs supported by machine 'none' is 1"),
-        ("-M none -hda x", "machine 'none' has no place for devices"),
         ("-M q35,foo=on", "Property 'pc-q35-10.0-machine.foo' not found"),
         ("-M q35,acpi=auto", "Parameter 'acpi' expects 'on' or 'off'"),
         ("-M pc-q35-9.9", 'unsupported machine type: "pc-q35-9.9"'),
