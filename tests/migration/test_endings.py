@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from qemumig.channels.address import InetAddress
+from qemumig.channels.address import FdAddress, InetAddress
 from qemumig.errors import StateError
 from qemumig.qapi import RunState
 from qemumig.savevm import commands
@@ -281,6 +281,16 @@ def test_a_source_before_a_full_way_is_set_free(how: str, channels: int) -> None
         assert reason in pair.migration.query()["error-desc"]
         pair.assert_guest_at("source")
         deaf.close()
+
+
+def test_a_full_disk_leaves_the_guest_at_the_source() -> None:
+    with Pair() as pair:
+        pair.fds["full"] = os.open("/dev/full", os.O_WRONLY)
+        pair.migration.start(FdAddress("full"))
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        assert pair.migration.status.value == "failed"
+        assert "No space left on device" in pair.migration.query()["error-desc"]
+        pair.assert_guest_at("source")
 
 
 def test_a_source_migrates_again_after_a_failure_and_so_does_the_destination() -> None:
