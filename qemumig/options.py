@@ -172,6 +172,7 @@ PROPERTIES: Mapping[str, Any] = {
     "multifd-flush-after-each-section": False,  # QEMU before 8.1 knows nothing else
     "multifd-clean-tls-termination": True,  # QEMU before 10.0 ends without a word
     "send-switchover-start": False,  # QEMU before 10.0 refuses the command; 10.0 takes a stream without it
+    "switchover-ack-legacy": True,  # QEMU 11.1 counts the devices that must agree at the source: none here, and no message
     "x-clear-bitmap-shift": 14,
     "x-compress": False,  # what QEMU until 9.0 has as a capability and a parameter (compress.md); for a source, others ask
     "x-compress-level": 1,

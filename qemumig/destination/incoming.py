@@ -321,7 +321,7 @@ class IncomingMigration:
                 channel=self._channel.name,
             )
         self._postcopy.answers.attach(self._channel)
-        if self._options.capability("switchover-ack"):
+        if self._options.capability("switchover-ack") and self._options.migration_property("switchover-ack-legacy"):
             self._answer(commands.SwitchoverAck())  # no device here has to be asked first
 
     def _pong(self, value: int) -> None:

@@ -344,7 +344,8 @@ class Attempt:
 
     def _may_switch(self) -> bool:
         """Whether the destination agrees; waits a little for that.  A guest that stands still need not be asked for."""
-        if not self.options.capability("switchover-ack") or self.machine.runstate is not RunState.RUNNING:
+        asks = self.options.capability("switchover-ack") and self.options.migration_property("switchover-ack-legacy")
+        if not asks or self.machine.runstate is not RunState.RUNNING:
             return True
         path = self._return_path
         assert path is not None

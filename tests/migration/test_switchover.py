@@ -146,6 +146,16 @@ def test_a_destination_that_falls_silent_before_it_agreed_ends_the_migration() -
         pair.assert_guest_at("source")
 
 
+def test_where_no_device_is_asked_nobody_waits_for_a_word() -> None:
+    with Pair(capabilities=ACK) as pair:
+        pair.migration._options.set_property("switchover-ack-legacy", "off")
+        peer = Listener(pair)
+        reach(pair, "device")
+        pair.migration.cancel()
+        wait_for(lambda: not pair.migration.is_running, "the cancel")
+        peer.close()
+
+
 def test_a_guest_that_stands_still_anyway_needs_no_consent() -> None:
     with Pair(capabilities=ACK, running=False) as pair:
         peer = Listener(pair)
