@@ -48,7 +48,7 @@ CAPABILITIES = (
     Capability("late-block-activate", built=True),  # activation is always late, as in QEMU 10.0
     Capability("x-ignore-shared", built=True),
     Capability("validate-uuid", built=True),
-    Capability("background-snapshot"),
+    Capability("background-snapshot", built=True),
     Capability("zero-copy-send"),
     Capability("postcopy-preempt", built=True),
     Capability("switchover-ack", built=True),

@@ -53,6 +53,24 @@ def has_hung_up(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
+TCP_CLOSE = 7  # a state of TCP_INFO; a connection that the peer has closed in order is in another
+
+
+def was_reset(fd: int) -> bool:
+    """Whether a connection whose end has been read was reset, rather than closed in order.
+
+    The kernel tells of a reset once: a write that fails takes it, and a read afterwards sees an ordinary end.  What was
+    under way then is lost, so the end says nothing about what the peer had still sent.
+    """
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return False  # between two processes of one host nothing is under way
+        try:
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
+        except OSError:
+            return True
+
+
 def wait_any(events: Mapping[int, int], quit_fd: int, timeout_ms: int | None = None) -> list[int]:
     """Sleep until some descriptor of *events* (descriptor: select.POLLIN, …) is ready; those that are, none after the time.
 

@@ -6,6 +6,7 @@ from ..ram.dirty cimport DirtyPages
 from ..ram.search cimport Walk
 from ..wire.stream cimport InputStream, OutputStream
 from .mutex cimport pthread_mutex_t
+from .uffd cimport Userfaultfd
 
 cdef enum:
     RELEASE_LIMIT = 256           # host pages sent and not yet released
@@ -34,6 +35,7 @@ cdef class PageServer:
     cdef readonly DirtyPages dirty
     cdef readonly Lane main
     cdef readonly Lane urgent         # of the preempt channel; None: urgent pages go where all others go
+    cdef Userfaultfd frozen           # what has left is unprotected there; None: nothing is protected
     cdef bint releases                # what was sent is given back to the kernel
     cdef ServedBlock *blocks
     cdef list names
@@ -60,6 +62,8 @@ cdef class PageServer:
     cdef int send_host_page(self, Lane lane, int block, uint64_t page) noexcept nogil
     cdef int flush(self, Lane lane) noexcept nogil
     cdef void release(self, Lane lane) noexcept nogil
+    cdef int take_write_faults(self) noexcept nogil
+    cdef int find_address(self, uint64_t address) noexcept nogil
     cdef void count(self, uint64_t zeroes, uint64_t normals) noexcept nogil
     cdef int serve_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil
     cdef int find_name(self, const uint8_t *name, size_t length) noexcept nogil

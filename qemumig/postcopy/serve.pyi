@@ -1,5 +1,6 @@
 from ..ram.dirty import DirtyPages
 from ..wire.stream import InputStream, OutputStream
+from .uffd import Userfaultfd
 
 class Lane:
     """One channel of pages."""
@@ -23,6 +24,10 @@ class PageServer:
         """Give the eventfd back; the figures stay."""
     def connect(self, out: OutputStream, urgent: OutputStream | None = None) -> None:
         """Send to *out* from now on, urgent pages to *urgent* if there is one; nothing was sent on either before."""
+    def unprotect_by(self, uffd: Userfaultfd) -> None:
+        """Pages are protected, by *uffd*, until they have left."""
+    def protect_all(self) -> None:
+        """Protect all of memory: it stays as it is until it has left.  MachineError when the kernel refuses."""
     def serve(self, byte_limit: int, page_limit: int) -> bool:
         """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
     def make_uniform(self) -> None:

@@ -42,11 +42,12 @@ from ..wire.stream cimport (
     get_be64,
     put_be64,
 )
+from .uffd cimport FaultMessage, Userfaultfd
 from .mutex cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 import os
 
-from ..errors import StreamError
+from ..errors import MachineError, StreamError
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *address, size_t length, int advice)
@@ -75,6 +76,7 @@ cdef enum:
     FLUSH_BYTES = 0x10000         # 64 KiB: what an urgent page may have to wait behind
     DISCARD_RANGES = 12           # in one command
     MESSAGE_HEAD = 4
+    FAULTS_AT_A_TIME = 32
     RANGE = 12
 
 
@@ -274,7 +276,7 @@ cdef class PageServer:
         """Hand what is pending to the kernel; then its pages are not needed here any more."""
         cdef int status = lane.out.flush_pending()
         if status == STREAM_OK:
-            if self.releases:
+            if self.releases or self.frozen is not None:
                 self.release(lane)
             lane.sent_count = 0
         return status
@@ -296,6 +298,9 @@ cdef class PageServer:
             index += 1
             host = self.dirty.table[lane.sent[first].block].host
             length = <uint64_t> (index - first) * count * TARGET_PAGE_SIZE
+            if self.frozen is not None:
+                self.frozen.protect(host + lane.sent[first].page * TARGET_PAGE_SIZE, length, False)
+                continue
             madvise(
                 host + lane.sent[first].page * TARGET_PAGE_SIZE,
                 length,
@@ -307,6 +312,10 @@ cdef class PageServer:
         cdef HostPage found
         cdef bint wanted
         while True:
+            if self.frozen is not None:
+                self.stream_status = self.take_write_faults()
+                if self.stream_status != STREAM_OK:
+                    return SERVE_FAILED
             wanted = self.take_request(&found)
             if not wanted:
                 if self.main.out.offset >= last_offset or sent >= page_limit:
@@ -327,6 +336,54 @@ cdef class PageServer:
                 self.stream_status = self.flush(self.main)
             if self.stream_status != STREAM_OK:
                 return SERVE_FAILED
+
+    # ---- background snapshots: who writes to a page waits until it has left ----
+
+    cdef int find_address(self, uint64_t address) noexcept nogil:
+        cdef int index
+        cdef uint64_t host
+        for index in range(self.dirty.block_count):
+            host = <uint64_t> self.dirty.table[index].host
+            if host <= address < host + self.dirty.table[index].pages * TARGET_PAGE_SIZE:
+                return index
+        return -1
+
+    cdef int take_write_faults(self) noexcept nogil:
+        """Let pages that somebody wants to write go first; what has gone already may be written."""
+        cdef FaultMessage faults[FAULTS_AT_A_TIME]
+        cdef int index, block, count = 0, status = STREAM_OK
+        cdef uint64_t offset, size
+        self.frozen.read_faults(faults, FAULTS_AT_A_TIME, &count)
+        for index in range(count):
+            block = self.find_address(faults[index].address)
+            if block < 0 or status != STREAM_OK:
+                continue
+            size = self.blocks[block].count * TARGET_PAGE_SIZE
+            offset = faults[index].address - <uint64_t> self.dirty.table[block].host
+            offset -= offset % size
+            pthread_mutex_lock(&self.lock)
+            self.enqueue(block, offset // TARGET_PAGE_SIZE)
+            pthread_mutex_unlock(&self.lock)
+            if not test_bit(self.dirty.table[block].dirty, offset // TARGET_PAGE_SIZE):
+                status = self.flush(self.main)
+                self.frozen.protect(self.dirty.table[block].host + offset, size, False)
+        return status
+
+    def unprotect_by(self, Userfaultfd uffd not None) -> None:
+        """Pages are protected, by *uffd*, until they have left."""
+        self.frozen = uffd
+
+    def protect_all(self) -> None:
+        """Protect all of memory: it stays as it is until it has left.  MachineError when the kernel refuses."""
+        cdef PageBlock *entry
+        cdef int index, status
+        for index in range(self.dirty.block_count):
+            entry = &self.dirty.table[index]
+            with nogil:
+                status = self.frozen.protect(entry.host, entry.pages * TARGET_PAGE_SIZE, True)
+            if status:
+                name = self.dirty.blocks[index].idstr
+                raise MachineError(f"RAM block '{name}' cannot be protected against writes: {os.strerror(status)}")
 
     # ---- the door of the migration thread ----
 

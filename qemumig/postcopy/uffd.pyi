@@ -3,6 +3,8 @@ THREAD_ID: int
 MISSING_HUGETLBFS: int
 MISSING_SHMEM: int
 WRITE_PROTECT: int
+WRITE_PROTECT_SHARED: int
+WRITE_PROTECT_MISSING: int
 
 def open_descriptor() -> int:
     """A new userfaultfd that also tells of what the kernel itself touches; MachineError says what would permit it."""
@@ -25,5 +27,7 @@ class Userfaultfd:
         """Tell of missing pages in the range; True when the kernel can place zero pages there."""
     def register_protected(self, address: int, length: int, name: str) -> None:
         """Tell of writes to protected pages in the range."""
+    def release(self, address: int, length: int) -> None:
+        """Nothing of the range is protected any more, nor told of; whoever waits goes on."""
     def unregister(self, address: int, length: int) -> None:
         """The range is ordinary memory again; who waits for a page of it goes on."""

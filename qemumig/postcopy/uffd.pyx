@@ -22,6 +22,9 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <linux/userfaultfd.h>
     #include <unistd.h>
+    /* newer than some headers: bits of the kernel's interface */
+    #define FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
+    #define FEATURE_WP_UNPOPULATED (1 << 13)
     #ifndef USERFAULTFD_IOC_NEW
     #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
     #endif
@@ -39,6 +42,7 @@ cdef extern from *:
     uint8_t UFFD_EVENT_PAGEFAULT
     uint64_t UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM
     uint64_t UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    uint64_t FEATURE_WP_UNPOPULATED, FEATURE_WP_HUGETLBFS_SHMEM
     struct uffdio_api:
         uint64_t api, features, ioctls
     struct uffdio_range:
@@ -77,6 +81,8 @@ THREAD_ID = UFFD_FEATURE_THREAD_ID
 MISSING_HUGETLBFS = UFFD_FEATURE_MISSING_HUGETLBFS
 MISSING_SHMEM = UFFD_FEATURE_MISSING_SHMEM
 WRITE_PROTECT = UFFD_FEATURE_PAGEFAULT_FLAG_WP
+WRITE_PROTECT_SHARED = FEATURE_WP_HUGETLBFS_SHMEM
+WRITE_PROTECT_MISSING = FEATURE_WP_UNPOPULATED
 
 
 def open_descriptor():
@@ -178,6 +184,12 @@ cdef class Userfaultfd:
         request.len = length
         if ioctl(self.fd, UFFDIO_UNREGISTER, &request) != 0:
             raise MachineError(f"userfaultfd: UFFDIO_UNREGISTER of {length:#x} bytes: {os.strerror(errno)}")
+
+    def release(self, uint64_t address, uint64_t length) -> None:
+        """Nothing of the range is protected any more, nor told of; whoever waits goes on."""
+        with nogil:
+            self.protect(<void *> address, length, False)
+        self.unregister(address, length)
 
     # ---- for engines ----
 

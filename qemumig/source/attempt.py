@@ -66,6 +66,9 @@ UNKNOWN_OUTCOME = (
 class Attempt:
     """One attempt.  *open_channel* gives the connected channel, and may wait; *quit* is the alarm it listens to."""
 
+    thread_name = "mig/src/main"
+    _logs_writes = True  # the hypervisor's log tells what the guest writes meanwhile
+
     def __init__(
         self,
         machine: Machine,
@@ -110,7 +113,7 @@ class Attempt:
     # ---- for others ----
 
     def start(self) -> None:
-        self._thread = start_thread("mig/src/main", self._run)
+        self._thread = start_thread(self.thread_name, self._run)
 
     def join(self) -> None:
         if self._thread is not None:
@@ -269,10 +272,12 @@ class Attempt:
     def _set_up(self) -> None:
         assert self.out is not None
         machine, options = self.machine, self.options
-        self._logging = True
-        machine.dirty_log.start()
+        if self._logs_writes:
+            self._logging = True
+            machine.dirty_log.start()
         self.ram = self._new_ram()
-        self._sync()
+        if self._logs_writes:
+            self._sync()
         trace.savevm_state_header()
         self.out.write(sections.encode_file_header())
         if options.migration_property("send-configuration"):
@@ -414,8 +419,17 @@ class Attempt:
             trace.savevm_section_end(section_id, self.out.offset)
             devices.append(description)
         trace.vmstate_downtime_checkpoint("src-non-iterable-saved")
+        return self._last_words(devices)
+
+    def _last_words(self, devices: list[Any]) -> bytes:
+        """The end mark, and the description of *devices*."""
         text = vmdesc.encode(devices, configuration=self._configuration_description)
         return bytes([SectionType.QEMU_VM_EOF]) + sections.encode_vmdescription(text)
+
+    def _saved_devices(self) -> bytes:
+        """All that follows memory, in one piece."""
+        encoded = list(self._encode_devices())
+        return b"".join(data for _, data, _ in encoded) + self._last_words([description for _, _, description in encoded])
 
     def _encode_devices(self) -> Iterator[tuple[int, bytes, Any]]:
         """Every device section: its id, its bytes with the footer, its description."""

@@ -23,6 +23,7 @@ from ..qapi import MigrationStatus, RunState
 from ..states import IN_POSTCOPY, SOURCE, StatusMachine
 from .attempt import Attempt
 from .postcopy import PostcopyAttempt
+from .snapshot import SnapshotAttempt
 from .statistics import describe
 
 if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
@@ -92,6 +93,8 @@ class Migration:
         what = (self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
         if self._options.capability("postcopy-ram"):
             self._attempt = PostcopyAttempt(*what, open_another=lambda: self._opener(address, quit_event.fd)())
+        elif self._options.capability("background-snapshot"):
+            self._attempt = SnapshotAttempt(*what)
         else:
             self._attempt = Attempt(*what)
         self._attempt.start()

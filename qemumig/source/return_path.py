@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .. import trace
+from ..channels.channel import was_reset
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StreamError
 from ..savevm import commands
 from ..threads import start_thread
@@ -128,6 +129,8 @@ class ReturnPath:
         if self.talk is not None:
             self.talk.read_requests(self._stream)
         if not self._stream.peek(1):
+            if self.talk is not None and was_reset(self._stream.channel.read_fd):
+                raise ChannelError("the return path was reset", channel=self._stream.channel.name)
             text = f"the destination closed the connection before it had loaded the stream: {ITS_WORDS}"
             self._end(Verdict.REFUSED, StreamError(text))
             return
