@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address, FdAddress, parse_channels, parse_uri
@@ -15,11 +15,13 @@ from ..channels.connect import no_object
 from ..channels.demands import check_transport
 from ..channels.file import OpenPath, no_path
 from ..destination.incoming import IncomingMigration
-from ..errors import OptionError, StateError
+from ..destination.support import check_support
+from ..errors import MachineError, OptionError, StateError
 from ..machine import Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..source.migration import Migration
+from ..source.snapshot import check_protection
 from .command import BOOL, INT, STR, Argument, Command, CommandError, Emit
 from .types import (
     CAPABILITY_STATES,
@@ -190,7 +192,24 @@ class MigrationCommands:
     def migrate_set_capabilities(self, capabilities: list[dict[str, Any]]) -> None:
         if self._source.is_running:
             raise StateError("There's a migration process in progress", state=self._source.status)
-        self.options.set_capabilities((entry["capability"], entry["state"]) for entry in capabilities)
+        wanted = {entry["capability"]: entry["state"] for entry in capabilities}
+        self._check_host(wanted)
+        self.options.set_capabilities(wanted.items())
+
+    def _check_host(self, wanted: Mapping[str, bool]) -> None:
+        """OptionError when this host cannot do what is switched on."""
+        if wanted.get("postcopy-ram") and self._machine.runstate is RunState.INMIGRATE:
+            try:
+                check_support(self._machine)
+            except MachineError as error:
+                text = f"Postcopy is not supported: {error}"
+                raise OptionError(text, name="postcopy-ram", value=True) from error
+        if wanted.get("background-snapshot"):
+            try:
+                check_protection()
+            except MachineError as error:
+                text = f"Background-snapshot is not supported by host kernel: {error}"
+                raise OptionError(text, name="background-snapshot", value=True) from error
 
     def query_migrate_capabilities(self) -> list[dict[str, Any]]:
         return [{"state": state, "capability": name} for name, state in self.options.capabilities().items()]

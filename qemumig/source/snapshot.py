@@ -19,7 +19,7 @@ import time
 from ..channels.channel import Channel
 from ..errors import MachineError, MigrationCancelled
 from ..postcopy.serve import PageServer
-from ..postcopy.uffd import WRITE_PROTECT, WRITE_PROTECT_MISSING, WRITE_PROTECT_SHARED, Userfaultfd
+from ..postcopy.uffd import WRITE_PROTECT, WRITE_PROTECT_MISSING, WRITE_PROTECT_SHARED, Userfaultfd, offered_features
 from ..qapi import MigrationStatus, RunState
 from ..threads import start_thread
 from ..wire.format import RamSaveFlag, SectionType
@@ -111,6 +111,12 @@ class SnapshotAttempt(Attempt):
     @property
     def pages(self) -> tuple[int, int]:
         return self._sent
+
+
+def check_protection() -> None:
+    """MachineError when the kernel does not tell of writes to pages that it protects."""
+    if not offered_features() & WRITE_PROTECT:
+        raise MachineError("userfaultfd here has no write protection; Linux 5.7 has")
 
 
 def _populate(address: int, length: int, name: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +168,20 @@ def test_commands_of_postcopy_say_when_they_come_too_early(stage: Stage) -> None
     with pytest.raises(VmmError, match="Postcopy must be started after migration has been started"):
         source.command("migrate-start-postcopy")
     assert listen(destination).startswith("tcp:")
+
+
+def test_a_host_that_does_not_permit_userfaultfd_is_told_what_would() -> None:
+    """An unprivileged destination: neither the sysctl nor the device is for it."""
+    if os.geteuid() != 0 or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("only a privileged test on a host that keeps userfaultfd to itself can take the permission away")
+    code = (
+        "import os\n"
+        "from qemumig.postcopy.uffd import offered_features\n"
+        "from qemumig.errors import MachineError\n"
+        "os.setuid(65534)\n"
+        "try: offered_features()\n"
+        "except MachineError as error: print(error)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "userfaultfd is not permitted here: 'sysctl vm.unprivileged_userfaultfd=1', or permission to read" in told
+    assert "/dev/userfaultfd" in told
