@@ -50,7 +50,7 @@ cdef enum SaveStatus:
 
 cdef enum:
     FLUSH_BYTES = 0x100000        # 1 MiB of pages gathered by one writev: some 512 entries
-    LONGEST_HEAD = 8 + 1 + 255    # of a record: the head proper and the name of a block
+    LONGEST_HEAD = 264            # of a record: the head proper, and the name of a block with its length
     DATA_HEAD = 4                 # what follows the head of a COMPRESS_PAGE record: length
     DELTA_HEAD = 3                # what follows the head of an XBZRLE record: encoding, length
 
