@@ -248,6 +248,7 @@ class Disks:
                 _device_switch("write-cache", pairs, drive.writeback),
                 pairs.get("serial") or "",
                 kind,
+                _boot_index(pairs),
             )
         )
         _device_switch("share-rw", pairs, False)
@@ -321,6 +322,15 @@ def _device_action(key: str, pairs: Pairs, of_drive: str, default: str) -> str:
     if action == "auto":
         action = of_drive
     return default if action == "auto" else action
+
+
+def _boot_index(pairs: Pairs) -> int | None:
+    if "bootindex" not in pairs:
+        return None
+    index = integer("bootindex", pairs["bootindex"])
+    if index < 0:
+        raise UsageError("The bootindex must be at least 0")
+    return index
 
 
 def _device_switch(key: str, pairs: Pairs, default: bool) -> bool:

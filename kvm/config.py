@@ -55,6 +55,7 @@ class DiskConfig:
     writeback: bool = True
     serial: str = ""
     kind: str = "virtio-blk-device"  # or "ide-hd"
+    boot_index: int | None = None  # a PC boots the disk with the lowest, else the first one
 
 
 @dataclass(frozen=True)

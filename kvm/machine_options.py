@@ -266,8 +266,8 @@ def _check_ring(text: str) -> None:
         raise UsageError(
             f"{too_small}Suggested minimum value is {SMALLEST_RING}.", "failed to initialize kvm: Input/output error"
         )
-    if entries:
-        raise UsageError("dirty-ring-size: the dirty ring is not available yet; leave it out or say 0")
+    if entries:  # no other accelerator is tried: a guest that never runs is no answer to this
+        raise _WrongPropertyError("dirty-ring-size: the dirty ring is not available yet; leave it out or say 0")
 
 
 def _check_memory(arguments: Arguments) -> None:

@@ -200,6 +200,7 @@ class Program:
             name=self._arguments.name,
             uuid=self._arguments.uuid,
             suspends=config.machine_type.is_pc,
+            uses_kvm=config.runs_guest,
         )
         self._closers.push_async_callback(general.close)
         offers = (session_commands(self._registry), general.commands(), control.commands(), self._fdsets.commands())

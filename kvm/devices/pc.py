@@ -60,6 +60,10 @@ class PcRequests:
     now: Callable[[], int]  # the virtual clock
 
 
+def _boot_order(disk: DiskConfig) -> tuple[bool, int, int]:
+    return disk.boot_index is None, disk.boot_index or 0, disk.slot
+
+
 class PcDevices:
     """The devices and disks; *write* puts bytes into guest memory.  None of the *requests* is carried out at once."""
 
@@ -72,7 +76,7 @@ class PcDevices:
         requests: PcRequests,
     ) -> None:
         """*boots*: the firmware is ours and wants a sector."""
-        in_order = sorted(disks, key=lambda disk: disk.slot)
+        in_order = sorted(disks, key=_boot_order)
         self._images: list[tuple[str, RawImage]] = [(disk.name, disk.image) for disk in in_order]
         self._boots = boots
         self._write = write

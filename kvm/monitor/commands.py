@@ -55,7 +55,7 @@ class MachineCommands:
 
     *set_autostart* is told whether the guest shall run once it has come in; *quit* ends the program;
     *end_with_guest* is told whether the end of the guest shall be the end of the program.  *suspends*: a guest of this
-    machine can suspend itself.
+    machine can suspend itself.  *uses_kvm*: its guests run, and so they do with KVM.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class MachineCommands:
         name: str | None = None,
         uuid: bytes | None = None,
         suspends: bool = False,
+        uses_kvm: bool = True,
     ) -> None:
         self._machine = machine
         self._emit = emit
@@ -77,6 +78,7 @@ class MachineCommands:
         self._end_with_guest = end_with_guest
         self._name = name
         self._suspends = suspends
+        self._uses_kvm = uses_kvm
         self._uuid = UUID(bytes=uuid or bytes(16))
         self._control = workers(1)
 
@@ -96,7 +98,7 @@ class MachineCommands:
             Command("query-version", version, returns=VERSION),
             Command("query-name", self.query_name, returns=Struct(Argument("name", STR, optional=True))),
             Command("query-uuid", lambda: {"UUID": str(self._uuid)}, returns=Struct(Argument("UUID", STR))),
-            Command("query-kvm", lambda: {"enabled": True, "present": True}, returns=kvm),
+            Command("query-kvm", lambda: {"enabled": self._uses_kvm, "present": True}, returns=kvm),
             Command("query-target", lambda: {"arch": "x86_64"}, returns=Struct(Argument("arch", ARCHITECTURE))),
         ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm.block_options import Disks
+from kvm.block_options import IDE, IDE_PLACES, Disks
 from kvm.from_text import block_pairs
 from kvm.keyval import UsageError
 
@@ -158,3 +158,23 @@ def test_what_cannot_be_is_said_in_qemus_words(disks: Disks, options: list[str],
     with pytest.raises(UsageError) as caught:
         add(disks, *options)
     assert str(caught.value) == message
+
+
+def test_a_pc_takes_disks_of_its_own_kind_and_boots_as_it_is_told(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(bytes(512))
+    disks = Disks(lambda warning: None, IDE_PLACES, IDE)
+    disks.add_drive(f"file={tmp_path}/a,format=raw,index=1")
+    disks.add_drive(f"file={tmp_path}/b,format=raw")
+    disks.add_drive(f"file={tmp_path}/c,format=raw,if=none,id=x")
+    disks.add_device("ide-hd,drive=x,secs=1,cyls=1,heads=1,bootindex=0")
+    assert [(disk.name, disk.slot, disk.kind, disk.boot_index) for disk in disks.disks] == [
+        ("ide0", 1, IDE, None),
+        ("ide1", 0, IDE, None),
+        ("x", 2, IDE, 0),
+    ]
+    with pytest.raises(UsageError, match=r"drive with bus=0, unit=1 \(index=1\) exists"):
+        disks.add_drive(f"file={tmp_path}/a,format=raw,index=1")
+    with pytest.raises(UsageError, match="No 'virtio-bus' bus found for device 'virtio-blk-device'"):
+        disks.add_device("virtio-blk-device,drive=x")
+    disks.close()

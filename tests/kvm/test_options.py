@@ -468,7 +468,7 @@ def test_an_id_that_is_no_identifier_is_explained():
             ["-accel kvm,kernel-irqchip=foo: Parameter 'kernel-irqchip' does not accept value 'foo'"],
         ),
         (
-            ["-accel", "kvm,dirty-ring-size=4096"],
+            ["-accel", "kvm,dirty-ring-size=4096", "-accel", "tcg", "-accel", "qtest"],
             [
                 "-accel kvm,dirty-ring-size=4096: dirty-ring-size: the dirty ring is not available yet; "
                 "leave it out or say 0"
