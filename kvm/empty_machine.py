@@ -109,13 +109,14 @@ class EmptyMachine:
         """True while vCPUs may run, if there were some."""
         return self._runstate is RunState.RUNNING
 
-    def stop(self, state: RunState) -> None:
-        """Enter *state*; event STOP if it ran."""
+    def stop(self, state: RunState) -> RunState:
+        """Enter *state*, from the one returned; event STOP if it ran."""
         with self._lock:
-            was_running = self.running
+            before = self._runstate
             self._enter(state)
-            if was_running and not self.running:
+            if before is RunState.RUNNING and not self.running:
                 self._emit("STOP", None)
+            return before
 
     def start(self) -> None:
         """RUNNING; event RESUME."""

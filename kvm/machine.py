@@ -196,22 +196,23 @@ class MicroVM:
         """True while vCPUs may run."""
         return self._runstate is RunState.RUNNING
 
-    def stop(self, state: RunState) -> None:
-        """Stop every vCPU and enter *state*; a machine that is stopped already only changes its state.
+    def stop(self, state: RunState) -> RunState:
+        """Stop every vCPU and enter *state*, from the one returned; a machine that is stopped only changes its state.
 
         Event STOP, once for each time the machine ran.  StateError when the state cannot follow.
         """
         with self._transition:
-            require_next(self._runstate, state)
+            before = self._runstate
+            require_next(before, state)
             if not self.running or state is RunState.RUNNING:
-                was_suspended = self._runstate is RunState.SUSPENDED
                 self._enter(state)
-                if was_suspended and state is not RunState.SUSPENDED:
+                if before is RunState.SUSPENDED and state is not before:
                     self._emit("STOP", None)
-                return
+                return before
             self._hold()
             self._enter(state)
             self._emit("STOP", None)
+            return before
 
     def _hold(self) -> None:
         """Let nothing run any more, and carry out what the guest had asked for."""

@@ -90,8 +90,8 @@ class Machine(Protocol):
     def runstate(self) -> RunState:
         """What the machine is doing now."""
 
-    def stop(self, state: RunState) -> None:
-        """Stop every vCPU and enter *state*; returns when none of them runs any more."""
+    def stop(self, state: RunState) -> RunState:
+        """Stop every vCPU and enter *state*; returns, when none of them runs any more, the state that it left."""
 
     def start(self) -> None:
         """Let the vCPUs run: RunState.RUNNING."""

@@ -378,8 +378,7 @@ class Attempt:
     def _stop_guest(self) -> None:
         self._stop_s = time.monotonic()
         trace.vmstate_downtime_checkpoint("src-downtime-start")
-        self._noted_runstate = self.machine.runstate
-        self.machine.stop(RunState.FINISH_MIGRATE)
+        self._noted_runstate = self.machine.stop(RunState.FINISH_MIGRATE)
         trace.vmstate_downtime_checkpoint("src-vm-stopped")
 
     def _enter_device(self) -> None:

@@ -283,6 +283,22 @@ def test_a_source_before_a_full_way_is_set_free(how: str, channels: int) -> None
         deaf.close()
 
 
+def test_a_guest_that_somebody_stops_at_the_last_moment_arrives_stopped() -> None:
+    with Pair() as pair:
+        stop = pair.source.stop
+
+        def stop_twice(state: RunState) -> RunState:
+            if state is RunState.FINISH_MIGRATE:
+                stop(RunState.PAUSED)  # the monitor is a moment faster
+            return stop(state)
+
+        pair.source.stop = stop_twice
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        assert pair.destination.runstate is RunState.PAUSED
+        assert pair.running == []
+
+
 def test_a_full_disk_leaves_the_guest_at_the_source() -> None:
     with Pair() as pair:
         pair.fds["full"] = os.open("/dev/full", os.O_WRONLY)

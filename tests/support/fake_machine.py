@@ -195,10 +195,12 @@ class FakeMachine:
 
     # --- run state
 
-    def stop(self, state: RunState) -> None:
+    def stop(self, state: RunState) -> RunState:
+        before = self.runstate
         if self.guest is not None:
             self.guest.halt()
         self._enter(state)
+        return before
 
     def start(self) -> None:
         self._enter(RunState.RUNNING)
