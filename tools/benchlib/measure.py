@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qemumig.cli.demo import silence
+from qemumig.cli.guest import PAGE_SIZE
 from qemumig.cli.interrupts import Interrupts
 from qemumig.cli.vmm import FINAL, MachineShape, MigrationOutcome, Vmm, VmmError, listen, with_capabilities
 
@@ -23,6 +24,8 @@ GIB = 1 << 30
 START_TIMEOUT = 120.0  # the guest fills its memory first
 LETTERS = 20
 CADENCE_SECONDS = 1.0
+DELTA_BANDWIDTH = 64 << 20  # bytes per second, a quarter of it once deltas flow
+DELTA_CPU_SECONDS = 0.5  # of sending deltas are measured; a process's CPU time is counted in hundredths
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Bench:
         with ExitStack() as owned:
             source = self._start(owned, contestant, workload)
             destination = self._vmm(owned, "destination", contestant.command, incoming=True)
+            if workload.deltas:
+                return self._encode(source, destination, workload)
             outcome, costs = self._measured(source, destination)
             quiet: dict[str, float] = {}
             if workload.running:
@@ -134,13 +139,52 @@ class Bench:
         costs |= {f"extra_{vmm.name}": peak_overhead(vmm) / 1e6 for vmm in (source, destination)}
         return MigrationOutcome(started, ended, report), costs
 
+    def _encode(self, source: Vmm, destination: Vmm, workload: Workload) -> Run:
+        """Let deltas flow for some seconds, count pages and CPU time meanwhile, then let the migration end."""
+        with_capabilities([source, destination], xbzrle=True)
+        # the limit gives the guest time to write everything again; and as long as it is low, so is what may be left
+        source.command("migrate-set-parameters", max_bandwidth=DELTA_BANDWIDTH, downtime_limit=1)
+        source.command("migrate", uri=listen(destination))
+        samples = self._sample_deltas(source, workload.dirty // PAGE_SIZE)
+        source.command("migrate-set-parameters", max_bandwidth=0, downtime_limit=2000)
+        while (status := self._next_status(source)) not in FINAL:
+            pass
+        if status != "completed":
+            raise VmmError(f"the migration {status}: {source.command('query-migrate').get('error-desc')}")
+        destination.wait_event("MIGRATION", 30, status="completed")
+        self._listen_for_guest(destination)
+        self._check_guest(source, destination, workload)
+        (cpu, pages), (cpu_then, pages_then) = samples
+        return Run(rate=(pages_then - pages) * PAGE_SIZE / (cpu_then - cpu) / 1e6)
+
+    def _sample_deltas(self, source: Vmm, dirty_pages: int) -> tuple[tuple[float, int], tuple[float, int]]:
+        """(CPU seconds, pages found in the cache) when every page was there twice, and some CPU time later."""
+        first: tuple[float, int] | None = None
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            report = source.command("query-migrate")
+            if report["status"] not in ("setup", "active"):
+                raise VmmError("the guest left the source before it had sent enough deltas")
+            sample = cpu_seconds(source), report.get("xbzrle-cache", {}).get("pages", 0)
+            if sample[1] and first is None:
+                source.command("migrate-set-parameters", max_bandwidth=DELTA_BANDWIDTH // 4)
+            if first is None and sample[1] > 2 * dirty_pages:
+                first = sample
+            if first is not None and sample[0] > first[0] + DELTA_CPU_SECONDS:
+                return first, sample
+        raise VmmError(f"deltas took less than {DELTA_CPU_SECONDS} CPU seconds in {self.timeout:.0f} s")
+
     def _next_status(self, source: Vmm) -> str:
         status: str = source.wait_event("MIGRATION", self.timeout)["data"]["status"]
         return status
 
-    def _listen(self, source: Vmm, destination: Vmm, outcome: MigrationOutcome) -> dict[str, float]:
+    def _listen_for_guest(self, destination: Vmm) -> None:
         if not destination.serial.wait_more(LETTERS, self.timeout):
             raise VmmError(f"the guest is silent on the destination: {destination.serial.output()!r}")
+
+    def _listen(self, source: Vmm, destination: Vmm, outcome: MigrationOutcome) -> dict[str, float]:
+        self._listen_for_guest(destination)
         time.sleep(CADENCE_SECONDS)
         return silence(source, destination, outcome)
 
