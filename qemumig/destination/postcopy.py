@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .loader import StreamLoader
 
 CHECK_S = 0.2  # how often to look whether the source is still there, where nothing tells
+MOMENT_S = 0.01  # between two looks at what is still on its way by the other channel
 BY_USER = "Postcopy migration is paused by the user"
 
 
@@ -104,6 +105,7 @@ class PostcopyDestination:
         self._link_quit: QuitEvent | None = None  # of the connection that a recovery made
         self._settled = False  # device state is in effect, and the source is about to hear of it
         self._paused_by_user = False
+        self._complete = False  # every page is here
         self.error: MigrationError | None = None  # why it is paused
         # the threads' own
         self._memory: MissingMemory | None = None
@@ -373,9 +375,12 @@ class PostcopyDestination:
             return self._pause(error)
 
     def _check_complete(self) -> None:
-        """The source says that it has sent everything: believe what has arrived."""
+        """The source says that it has sent everything: believe what has arrived, urgent pages by their own channel."""
         assert self._memory is not None and self._rest is not None
-        missing = self._memory.missing_pages()
+        urgent = self._preempt_thread
+        while (missing := self._memory.missing_pages()) and urgent is not None and urgent.is_alive():
+            with self._changed:
+                self._changed.wait(MOMENT_S)
         if missing:
             offset = self._rest.stream.offset
             raise StreamError(f"the source ends at offset {offset:#x} and has not sent {missing} pages", offset=offset)
@@ -474,6 +479,7 @@ class PostcopyDestination:
         with self._changed:
             self._changed.wait_for(lambda: self._phase is not Phase.LISTENING or self._failure is not None)
             self._raise_failure()
+            self._complete = True
             if self._preempt_channel is not None:
                 self._preempt_channel.shutdown()
         if self._preempt_thread is not None:
@@ -502,5 +508,7 @@ class PostcopyDestination:
         except MigrationCancelled:
             pass
         except (ChannelError, StreamError, MachineError) as error:
+            if self._complete:
+                return  # it was ended here, which not every kind of channel takes for an ordinary end
             print(f"migration: the channel of urgent pages has failed: {error}", file=sys.stderr)
             self.shut_link()  # the main channel's reader pauses

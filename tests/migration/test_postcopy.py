@@ -11,6 +11,7 @@ import pytest
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_RANDOM
 from qemumig.cli.vmm import VmmError
+from tests.qemumig.channels.pki import psk_directory
 from tests.support.host import qemumig_system
 from tests.support.postcopy import advise, begin, break_and_recover, wait_completed, wait_status
 from tests.support.vmm import (
@@ -185,3 +186,18 @@ def test_a_host_that_does_not_permit_userfaultfd_is_told_what_would() -> None:
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "userfaultfd is not permitted here: 'sysctl vm.unprivileged_userfaultfd=1', or permission to read" in told
     assert "/dev/userfaultfd" in told
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+def test_all_of_it_goes_through_tls_as_well(stage: Stage, preempt: bool) -> None:
+    source, destination = pair(stage)
+    keys = psk_directory(stage.directory / "keys", qemu="00112233445566778899aabbccddeeff")
+    for vmm, endpoint in ((source, "client"), (destination, "server")):
+        vmm.command("object-add", **{"qom-type": "tls-creds-psk", "id": "tls", "dir": str(keys), "endpoint": endpoint})
+        vmm.command("migrate-set-parameters", tls_creds="tls")
+    advise([source, destination], postcopy_bandwidth=SLOW, postcopy_preempt=preempt)
+    begin(source, destination)
+    break_and_recover(source, destination, f"unix:{stage.directory}/r")
+    source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+    wait_completed(source, destination)
+    stage.assert_guest_is_well(destination)
