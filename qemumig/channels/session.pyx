@@ -223,6 +223,11 @@ cdef class TlsSession(Carrier):
         received[0] = total
         return STREAM_OK
 
+    cdef bint is_cut_off(self) noexcept nogil:
+        if self.failed_call == SSL_ERROR_SYSCALL:
+            return self.failed_errno == 0
+        return self.failed_call != 0 and self.failed_code & REASON_MASK == SSL_R_UNEXPECTED_EOF_WHILE_READING
+
     cdef str failure(self):
         cdef unsigned long reason
         if self.failed_call == SSL_ERROR_SYSCALL and self.failed_errno:

@@ -17,9 +17,7 @@ from libc.string cimport memchr, memcpy, memset
 
 from ..errors import StreamError
 from ..wire.format cimport (
-    MULTIFD_FLAG_COMPRESSION_MASK,
     MULTIFD_FLAG_DEVICE_STATE,
-    MULTIFD_FLAG_SYNC,
     MULTIFD_HEADER_SIZE,
     MULTIFD_INIT_SIZE,
     MULTIFD_MAGIC,
@@ -42,7 +40,7 @@ cdef enum:
     INIT_AT_UUID = 8
     INIT_AT_ID = 24
     UUID_SIZE = 16
-    KNOWN_FLAGS = MULTIFD_FLAG_SYNC | MULTIFD_FLAG_COMPRESSION_MASK
+    KNOWN_FLAGS = 0x3F            # SYNC and those of compression
 
 
 cdef int parse_header(const uint8_t *header, Packet *packet) noexcept nogil:

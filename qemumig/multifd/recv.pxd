@@ -55,6 +55,7 @@ cdef class Receiver:
     cdef int serve(self) noexcept nogil
     cdef int read_list(self, int count, size_t wanted) noexcept nogil
     cdef int read_header(self) noexcept nogil
+    cdef bint was_cut_off(self) noexcept nogil
     cdef int check_pages(self) noexcept nogil
     cdef int load_pages(self) noexcept nogil
     cdef int read_plain(self) noexcept nogil

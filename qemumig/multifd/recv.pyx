@@ -28,7 +28,7 @@ from ..wire.format cimport (
     MULTIFD_INIT_SIZE,
     TARGET_PAGE_SIZE,
 )
-from ..wire.stream cimport STREAM_CANCELLED, STREAM_END, STREAM_OK, wait_for
+from ..wire.stream cimport STREAM_CANCELLED, STREAM_END, STREAM_FAILED, STREAM_OK, wait_for
 from .locks cimport (
     pthread_cond_broadcast,
     pthread_cond_destroy,
@@ -265,13 +265,22 @@ cdef class Receiver:
             self.iov[0].iov_base = self.header + self.ahead
             self.iov[0].iov_len = MULTIFD_HEADER_SIZE - self.ahead
             self.stream_status = self.stream.receive(self.iov, 1, &received)
-            if self.stream_status == STREAM_END and self.ahead == 0:
+            if self.ahead == 0 and (self.stream_status == STREAM_END or self.was_cut_off()):
                 return RECV_END
             if self.stream_status != STREAM_OK:
                 return RECV_STREAM
             self.stream.base += received
             self.ahead += received
         return RECV_OK
+
+    cdef bint was_cut_off(self) noexcept nogil:
+        """Whether TLS ended unannounced, as it does with QEMU before 10.0.
+
+        Between two packets that is an end like any other: what is missing shows at the next sync point.
+        """
+        return (
+            self.stream_status == STREAM_FAILED and self.stream.carrier is not None and self.stream.carrier.is_cut_off()
+        )
 
     cdef int check_pages(self) noexcept nogil:
         """Check everything that a packet with pages says."""

@@ -59,6 +59,7 @@ cdef int wait_for(int fd, short events, int quit_fd) noexcept nogil
 cdef class Carrier:
     cdef int send(self, const iovec *iov, int count, size_t *sent) noexcept nogil
     cdef int receive(self, const iovec *iov, int count, size_t *received) noexcept nogil
+    cdef bint is_cut_off(self) noexcept nogil
     cdef str failure(self)
 
 

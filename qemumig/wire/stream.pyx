@@ -79,6 +79,10 @@ cdef class Carrier:
     cdef int receive(self, const iovec *iov, int count, size_t *received) noexcept nogil:
         return STREAM_FAILED
 
+    cdef bint is_cut_off(self) noexcept nogil:
+        """Whether it failed because the connection ended, and nobody had announced that."""
+        return False
+
     cdef str failure(self):
         """Why it failed, as the end of a sentence."""
         return "this carrier carries nothing"

@@ -8,8 +8,10 @@ import pytest
 
 from qemumig.cli.interrupts import Interrupts
 from qemumig.cli.vmm import Vmm, VmmError, with_capabilities
+from tests.interop.test_tls import credentials
+from tests.qemumig.channels.pki import x509_directory
 from tests.support.host import qemumig_system
-from tests.support.vmm import MIB, GuestParameters, Stage, listen, wait_until
+from tests.support.vmm import MIB, GuestParameters, Stage, listen, migrate, wait_until
 from tools.interoplib.guests import CHECKING, DIRTYING, guest
 from tools.interoplib.peers import Peer, ours, real
 from tools.interoplib.trial import Rules, hop
@@ -18,6 +20,7 @@ from tools.interoplib.trial import Stage as TrialStage
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 TIMEOUT = 30.0
+TLS_END = "-global migration.multifd-clean-tls-termination"
 EACH_SECTION = "-global migration.multifd-flush-after-each-section=on"
 both_ways = pytest.mark.parametrize("direction", ["to-qemu", "from-qemu"])
 
@@ -83,6 +86,24 @@ def test_every_way_to_look_for_zero_pages(qemu: str, direction: str) -> None:
     for detection in ("none", "legacy", *(() if destination.is_before(9) else ("multifd",))):
         ram = move(source, destination, zero_page_detection=detection)["ram"]
         assert (ram["duplicate"] == 0) == (detection == "none")
+
+
+@both_ways
+def test_every_channel_is_enciphered(stage: Stage, qemu: str, direction: str) -> None:
+    """Older ones end their channels without a word, and say so to a newer one by an option."""
+    there, here = ends(direction, qemu)
+    files = x509_directory(stage.directory / "x509")
+    old = there.is_before(10) or here.is_before(10)
+    system = qemumig_system() + (f" {EACH_SECTION}" if here.is_before(8, 1) else "")
+    system += f" {TLS_END}=off" if old else ""
+    source = stage.vmm("source", system if there.version is None else there.command, guest=GuestParameters(dirty_pages=64))
+    destination = stage.vmm("destination", system if here.version is None else here.command, incoming=True)
+    credentials(source, "x509", "client", files)
+    credentials(destination, "x509", "server", files)
+    use_multifd([source, destination], multifd_channels=3)
+    migrate(source, destination)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
 
 
 def test_a_qemu_that_waits_for_more_channels_can_be_given_up(stage: Stage, qemu: str) -> None:
