@@ -318,7 +318,8 @@ SOURCE = [
     ask("query-migrate", since=10),
     *each("migrate-continue", {}, {"state": "xx"}, {"state": "none"}, {"state": "pre-switchover"}, since=10),
     *each("migrate-start-postcopy", None, {"x": 1}),
-    *each("migrate-pause", None, {"x": 1}),
+    ask("migrate-pause", since=10),  # 7.2 has no recovery to be in
+    ask("migrate-pause", {"x": 1}),
     *each("migrate-recover", {}, {"uri": 5}, {"uri": "tcp:127.0.0.1:0"}),
     ask("migrate_cancel"),
     ask("migrate_cancel", {"x": 1}),
@@ -861,9 +862,8 @@ def migrated(stage: Stage, label: str, system: str, *, paused: bool) -> tuple[li
             source.answer(ask("stop"))
         uri = listen(destination.vmm)
         source.send(ask("migrate", {"uri": uri}))
-        return names_of(source.until("MIGRATION", status="completed")), names_of(
-            destination.until("MIGRATION", status="completed")
-        )
+        source_events = events_of(source.until("MIGRATION", status="completed"))
+        return source_events, events_of(destination.until("MIGRATION", status="completed"))
 
 
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
@@ -873,7 +873,8 @@ def test_a_migration_has_the_events_of_qemu(stage: Stage, qemu: str, paused: boo
 
 
 def events_of(messages: Iterable[dict[str, Any]]) -> list[str]:
-    return [name for name in names_of(messages) if name != "return"]
+    """Without answers: when that of `migrate` comes between them is a matter of speed, too."""
+    return names_of(message for message in messages if "event" in message)
 
 
 def refused(stage: Stage, name: str, system: str) -> list[str]:
