@@ -588,6 +588,8 @@ class Speaker:
                 *("-device", "virtio-blk-device,drive=d0,id=disk,bus=virtio-mmio-bus.0"),
             ),
         )
+        if not incoming:  # some answers depend on whether the guest has page tables yet
+            assert self.vmm.serial.wait_more(2, PATIENCE_S), self.vmm.serial.output()
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(PATIENCE_S)
         self._socket.connect(str(path))
