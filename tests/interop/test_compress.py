@@ -32,7 +32,6 @@ def test_compressed_pages_arrive(stage: Stage, qemu: str, direction: str, xbzrle
     with_capabilities([destination if direction == "to-qemu" else source], compress=True)
     ram = migrate(source, destination).report["ram"]
     assert ram["normal"] < 4096  # the pages that were filled went compressed
-    assert ram["transferred"] < 20 * MIB
     destination.wait_runstate("paused")
     assert destination.memory_digest() == source.memory_digest()
     destination.command("cont")
