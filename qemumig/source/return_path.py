@@ -81,7 +81,7 @@ class ReturnPath:
     @property
     def has_heard(self) -> bool:
         """Whether any ping was answered."""
-        return self._ponged is not None
+        return bool(self._ponged)
 
     def wait_pong(self, value: int) -> bool:
         """Until the destination has answered the ping *value*; False when the path ended instead."""

@@ -114,9 +114,11 @@ def test_a_recovery_that_finds_nobody_leads_back_to_paused(stage: Stage) -> None
 
 def test_pages_are_given_back_as_they_leave(stage: Stage) -> None:
     source, destination = pair(stage)
-    advise([source, destination])
+    advise([source, destination], postcopy_bandwidth=SLOW)
     with_capabilities([source], release_ram=True)
     begin(source, destination)
+    wait_status(source, "postcopy-active")  # before that the source may need them yet
+    source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
     wait_completed(source, destination)
     stage.assert_guest_is_well(destination)
     status = Path(f"/proc/{source.process.pid}/status").read_text()
