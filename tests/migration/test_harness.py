@@ -154,7 +154,7 @@ def test_a_destination_that_is_told_so_ends_with_status_1(bench: Bench) -> None:
 def test_a_guest_that_sleeps_arrives_asleep_and_wakes_there(bench: Bench) -> None:
     write_disk(bench.disk, PAGES, suspends=True)
     source = bench.machine("source")
-    source.event("SUSPEND")
+    wait_until(lambda: source.command("query-status")["status"] == "suspended", "the guest sleeps")
     assert source.command("query-status") == {"status": "suspended", "running": False}
     destination = bench.machine("target", f"-incoming unix:{bench.directory}/migsocket")
     source.command("migrate", uri=f"unix:{bench.directory}/migsocket")
@@ -182,7 +182,7 @@ def refusal(harness: Harness, name: str, **arguments: Any) -> str:
 def test_a_pause_keeps_a_guest_asleep_and_only_a_sleeper_can_be_woken(bench: Bench) -> None:
     write_disk(bench.disk, PAGES, suspends=True)
     machine = bench.machine("vm")
-    machine.event("SUSPEND")
+    wait_until(lambda: machine.command("query-status")["status"] == "suspended", "the guest sleeps")
     machine.command("cont")
     assert machine.command("query-status")["status"] == "suspended"
     machine.command("stop")
