@@ -124,7 +124,7 @@ class Link:
 
     def _break(self) -> None:
         assert self._cut is not None
-        for sock in self._sockets:
+        for sock in (sock for sock in self._sockets if sock.fileno() >= 0):
             if self._cut.how == "reset":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
@@ -141,8 +141,8 @@ class Link:
 
     def cut(self, how: str) -> None:
         """Break the link now."""
+        self._wake()  # first: the relay obeys a cut by itself when a byte passes
         self._cut = Cut(0, how)
-        self._wake()
         self._break()
 
     def cut_after(self, more: int, how: str) -> None:
