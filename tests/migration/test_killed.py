@@ -12,6 +12,7 @@ from tests.migration.endings.run import run_one
 pytestmark = pytest.mark.needs("kvm")
 
 
+@pytest.mark.parametrize("seed", [20, 21])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_guest_is_with_whoever_has_it(kind: str, directory: Path) -> None:
-    run_one(kind, 20, 0, directory)
+def test_the_guest_is_with_whoever_has_it(kind: str, seed: int, directory: Path) -> None:
+    run_one(kind, seed, 0, directory)

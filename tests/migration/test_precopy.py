@@ -5,11 +5,7 @@ The guest checks itself all the way: pages, FPU, privileged registers, clock, ti
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -161,10 +157,10 @@ def memory_blocks(vmm: Vmm, stage: Stage) -> list[bytes]:
 
 
 def test_there_and_back_again_with_nothing_left_behind(stage: Stage) -> None:
-    """Ten hops; afterwards no process that is left holds more than a machine at rest."""
+    """Four hops; afterwards no process that is left holds more than a machine at rest."""
     here = stage.vmm("hop0", qemumig_system(), guest=MODEST)
     at_rest = {"threads": own_threads(here), "files": len(open_files(here.process.pid))}
-    for hop in range(1, 11):
+    for hop in range(1, 5):
         there = stage.vmm(f"hop{hop}", qemumig_system(), incoming=True)
         migrate(here, there, "tcp:127.0.0.1:0" if hop % 2 else f"unix:{stage.directory}/m{hop}")
         there.wait_runstate("running")
@@ -188,7 +184,7 @@ def test_a_cancelled_migration_leaves_the_guest_where_it_was(stage: Stage) -> No
     source = stage.vmm("source", qemumig_system(), guest=BUSY)
     with_capabilities([source], events=True)
     source.command("migrate-set-parameters", max_bandwidth=8 << 20)
-    for attempt in range(3):
+    for attempt in range(2):
         destination = stage.vmm(f"destination{attempt}", qemumig_system(), incoming=True)
         source.command("migrate", uri=listen(destination))
         source.qmp.wait_event("MIGRATION_PASS", 10)
@@ -203,49 +199,6 @@ def test_a_cancelled_migration_leaves_the_guest_where_it_was(stage: Stage) -> No
     migrate(source, destination)
     destination.wait_runstate("running")
     stage.assert_guest_is_well(destination)
-
-
-@pytest.mark.parametrize("victim", ["source", "destination"])
-def test_a_process_that_is_killed_never_leaves_two_guests(stage: Stage, victim: str) -> None:
-    chance = random.Random(victim)
-    for attempt in range(6):
-        source = stage.vmm(f"source{attempt}", qemumig_system(), guest=BUSY if not attempt else None)
-        destination = stage.vmm(f"destination{attempt}", qemumig_system(), incoming=True)
-        source.command("migrate", uri=listen(destination))
-        time.sleep(chance.random() * 0.25)  # the moment is the point
-        dead, left = (source, destination) if victim == "source" else (destination, source)
-        os.kill(dead.process.pid, signal.SIGKILL)
-        dead.process.wait()
-        if victim == "source":
-            check_destination_alone(stage, left)
-        else:
-            check_source_alone(stage, left)
-        left.close()
-
-
-def check_destination_alone(stage: Stage, destination: Vmm) -> None:
-    """It has the whole guest and runs or keeps it, or it has ended without a trace of one."""
-    time.sleep(0.2)  # a source killed before it connected leaves a destination that goes on waiting
-    ends = ("completed", "setup")
-    wait_until(lambda: destination.has_died() or destination.command("query-migrate")["status"] in ends, "its end")
-    if destination.has_died():
-        assert destination.process.returncode == 1
-        return
-    if destination.command("query-migrate")["status"] == "setup":
-        assert destination.command("query-status")["status"] == "inmigrate"
-        return
-    if destination.command("query-status")["status"] != "running":
-        destination.command("cont")
-    stage.assert_guest_is_well(destination)
-
-
-def check_source_alone(stage: Stage, source: Vmm) -> None:
-    wait_until(lambda: source.command("query-migrate")["status"] in ("failed", "completed"), "the source's end")
-    report = source.command("query-migrate")
-    if report["status"] == "completed" or "use 'cont'" in report.get("error-desc", ""):
-        assert source.command("query-status")["status"] == "postmigrate"
-        return
-    stage.assert_guest_is_well(source, arrived=False)
 
 
 def test_a_destination_with_another_memory_size_says_so(stage: Stage) -> None:

@@ -100,7 +100,7 @@ def test_the_whole_stream_loads() -> None:
 def test_a_stream_that_ends_anywhere_before_its_end_mark_is_refused() -> None:
     stream = small_stream()
     end = stream.rindex(b"\x00\x06", 0, stream.rindex(b'{"configuration"'))
-    for length in range(end + 1):
+    for length in [*range(0, end, 3), end]:
         error = Load(stream[:length]).error
         assert isinstance(error, StreamError), f"cut to {length} bytes"
         # half a subsection is no subsection: it stands where the footer is expected
@@ -115,7 +115,7 @@ def test_a_byte_that_is_wrong_is_refused_or_harmless_but_never_a_surprise() -> N
     stream = small_stream()
     chance = random.Random(3)
     interesting = [i for i in range(len(stream)) if not 4096 < i < 4096 * 2 or i % 50 == 0]
-    for position in chance.sample(interesting, min(1500, len(interesting))):
+    for position in chance.sample(interesting, min(700, len(interesting))):
         mutated = bytearray(stream)
         mutated[position] ^= 1 << chance.randrange(8)
         Load(bytes(mutated))  # any StreamError is fine; anything else fails the test
