@@ -12,7 +12,6 @@ Holds     (1) a descriptor that `getfd` named stays with the monitor, whatever c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -21,13 +20,13 @@ from qemumig.errors import ChannelError
 
 from ..chardev import CharBackend, FrontEnd, close_descriptors
 from .events import EventHub
+from .farewell import let_end
 from .json_stream import dump
 from .registry import Registry
 from .session import EMULATED, PACKAGE, Session, current_session, version
 
 __all__ = ["EMULATED", "PACKAGE", "QmpMonitor", "session_commands", "take_fd", "version"]
 
-CLOSING_GRACE_S = 1.0  # how long a running command, and then its response, may take when the program ends
 MAX_LEFT_BEHIND = 8  # commands of clients that have gone; with so many still running the next client waits
 MAX_NAMED_DESCRIPTORS = 128  # of one monitor
 
@@ -63,14 +62,7 @@ class QmpMonitor:
     async def close(self) -> None:
         """Let running commands end and what was written leave, within reason; give up every descriptor."""
         self.stop()
-        tasks = list(self._tasks)
-        if tasks:
-            await asyncio.wait(tasks, timeout=CLOSING_GRACE_S)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._backend.output.drain(0), CLOSING_GRACE_S)
+        await let_end(self._tasks, self._backend)
         self._disconnected()
         close_descriptors(list(self._named.values()))
         self._named.clear()

@@ -14,7 +14,10 @@ from ..errors import StreamError
 
 
 class Reader(Protocol):
-    """A byte stream as this room sees it; every number is big-endian (stream.md §1)."""
+    """A byte stream as this room sees it; every number is big-endian (stream.md §1).
+
+    Readers in Python inherit the numbers, the compiled one has its own.
+    """
 
     @property
     def offset(self) -> int:
@@ -26,16 +29,20 @@ class Reader(Protocol):
     def peek(self, length: int) -> bytes:
         """Up to *length* bytes (at most 4096) without consuming them; fewer only at the end of the stream."""
 
-    def read_u8(self, what: str = "a field") -> int: ...
+    def read_u8(self, what: str = "a field") -> int:
+        return self.read(1, what)[0]
 
-    def read_be16(self, what: str = "a field") -> int: ...
+    def read_be16(self, what: str = "a field") -> int:
+        return int.from_bytes(self.read(2, what), "big")
 
-    def read_be32(self, what: str = "a field") -> int: ...
+    def read_be32(self, what: str = "a field") -> int:
+        return int.from_bytes(self.read(4, what), "big")
 
-    def read_be64(self, what: str = "a field") -> int: ...
+    def read_be64(self, what: str = "a field") -> int:
+        return int.from_bytes(self.read(8, what), "big")
 
 
-class BytesReader:
+class BytesReader(Reader):
     """A Reader over *data*; *base_offset* is where in the whole stream its first byte lies."""
 
     def __init__(self, data: bytes | bytearray | memoryview, base_offset: int = 0) -> None:
@@ -66,18 +73,6 @@ class BytesReader:
 
     def peek(self, length: int) -> bytes:
         return self._data[self._position : self._position + length]
-
-    def read_u8(self, what: str = "a field") -> int:
-        return self.read(1, what)[0]
-
-    def read_be16(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(2, what), "big")
-
-    def read_be32(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(4, what), "big")
-
-    def read_be64(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(8, what), "big")
 
 
 def read_counted_string(reader: Reader, what: str) -> str:

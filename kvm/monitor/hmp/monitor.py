@@ -16,16 +16,15 @@ Holds     (1) a command starts only when the client has read most of what was se
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from ...chardev import CharBackend, FrontEnd, close_descriptors
+from ..farewell import let_end
 from ..readline import LineEditor
 from ..session import EMULATED
 from .shell import HumanSession, HumanShell, execute_line
 
 PROMPT = b"(qemu) "
 BANNER = "QEMU {major}.{minor}.{micro} monitor - type 'help' for more information\r\n".format(**EMULATED).encode()
-CLOSING_GRACE_S = 1.0  # how long a running command, and then its output, may take when the program ends
 WAIT_S = 1.0  # between two looks at a migration that somebody waits for
 ECHO_PIECE = 1 << 16  # bytes of echo that are sent at a time: long lines are drawn anew with each key
 
@@ -51,14 +50,7 @@ class HumanMonitor:
     async def close(self) -> None:
         """Let a running command end and what was written leave, within reason."""
         self.stop()
-        tasks = list(self._tasks)
-        if tasks:
-            await asyncio.wait(tasks, timeout=CLOSING_GRACE_S)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._backend.output.drain(0), CLOSING_GRACE_S)
+        await let_end(self._tasks, self._backend)
 
     def _history(self) -> list[str]:
         return [text_of(line) for line in self._editor.history]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from ...errors import StreamError
+from ...savevm.reader import Reader
 
 SPOOL_PIECE = 1 << 20
 
@@ -62,13 +63,17 @@ def _spool(source: BinaryIO, spool: BinaryIO, look_round: Callable[[int, int | N
     spool.flush()
 
 
-class MappedReader:
+class MappedReader(Reader):
     """A Reader (savevm/reader.py) over bytes *start* to *end* of a map; offsets are those of the file."""
 
     def __init__(self, data: bytes | mmap.mmap, start: int, end: int) -> None:
         self.data = data
-        self.offset = start
+        self._offset = start
         self.end = end
+
+    @property
+    def offset(self) -> int:
+        return self._offset
 
     @property
     def remaining(self) -> int:
@@ -79,7 +84,7 @@ class MappedReader:
         """Go on at *offset*, which lies inside."""
         if not 0 <= offset <= self.end:
             raise ValueError(f"offset {offset:#x} lies behind the end, {self.end:#x}")
-        self.offset = offset
+        self._offset = offset
 
     def read(self, length: int, what: str = "a field") -> bytes:
         if length > self.remaining:
@@ -87,21 +92,9 @@ class MappedReader:
                 f"stream ends inside {what} at offset {self.offset:#x}: {self.remaining} bytes left, {length} expected",
                 offset=self.offset,
             )
-        start = self.offset
-        self.offset += length
+        start = self._offset
+        self._offset += length
         return self.data[start : self.offset]
 
     def peek(self, length: int) -> bytes:
         return self.data[self.offset : min(self.offset + length, self.end)]
-
-    def read_u8(self, what: str = "a field") -> int:
-        return self.read(1, what)[0]
-
-    def read_be16(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(2, what), "big")
-
-    def read_be32(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(4, what), "big")
-
-    def read_be64(self, what: str = "a field") -> int:
-        return int.from_bytes(self.read(8, what), "big")
