@@ -105,6 +105,11 @@ class RamSource:
         """Pages dealt with: sent in one form or another, or found to be at the destination already."""
         return self.sender.handled_pages
 
+    @property
+    def data_pages(self) -> int:
+        """Of those, the ones that were not zero."""
+        return self.sent_pages - self.zero_pages
+
     def write_block_list(self) -> None:
         """START's body."""
         total = sum(block.used_length for block in self._listed)

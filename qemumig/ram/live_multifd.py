@@ -62,6 +62,10 @@ class MultifdRamSource(RamSource):
         return self._senders.normal_pages
 
     @property
+    def data_pages(self) -> int:
+        return self._senders.normal_pages
+
+    @property
     def multifd_bytes(self) -> int:
         return self._senders.sent_bytes
 

@@ -319,8 +319,8 @@ class Attempt:
             sent = self.ram.sent_bytes
             allowance = self.pacer.allowance(sent)
             if allowance:
-                threshold = self.pacer.threshold(sent)
-                bandwidth = self.pacer.current_bandwidth(sent)
+                bandwidth = self.pacer.current_bandwidth(sent, self.ram.data_pages)
+                threshold = self.pacer.threshold(bandwidth)
                 if rule.may_sync(self.ram.remaining, threshold, bandwidth):
                     self._sync()
                     trace.migrate_pending_exact(self.ram.remaining, int(threshold), int(bandwidth))
@@ -338,7 +338,7 @@ class Attempt:
                 raise MigrationCancelled("the migration was cancelled")
             if not self.pacer.allowance(self.ram.sent_bytes):
                 self.pacer.wait()
-            if self.pacer.update(self.ram.sent_bytes, self.ram.sent_pages):
+            if self.pacer.update(self.ram.sent_bytes, self.ram.sent_pages, self.ram.data_pages):
                 trace.migrate_transferred(self.ram.sent_bytes, int(self.pacer.bandwidth))
 
     def _is_sync_due(self) -> bool:

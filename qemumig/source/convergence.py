@@ -1,7 +1,13 @@
 """Windows of 100 ms: how fast bytes leave, how many may still leave now, and when to stop the guest (ram.md §7).
 
-    bandwidth  = bytes of the window / its length
-    threshold  = (avail-switchover-bandwidth or bandwidth) × downtime-limit
+    bandwidth        = bytes of the window / its length                         what is told (mbps, expected-downtime)
+    guest bandwidth  = bytes of guest memory that they brought / its length     never less than bandwidth
+    threshold        = (avail-switchover-bandwidth or guest bandwidth) × downtime-limit
+
+Where pages leave smaller than they are (multifd with compression, deltas), more of the guest goes through the link than
+bytes do.  What is left is counted in bytes of the guest, so it is compared with the guest bandwidth: otherwise the rounds
+of a busy guest that could have moved long since would go on, with strong compression for ever.  Pages of zeroes count on
+neither side; what is left when the guest is stopped is what it writes.
 
 The guest is stopped when what is left can be sent within the downtime limit *and* another round would not make it
 notably less: a round that halves the rest costs milliseconds while the guest runs and saves as many while it stands.
@@ -38,15 +44,18 @@ class Pacer:
         self._start_s = time.monotonic()
         self._start_bytes = 0
         self._start_pages = 0
+        self._start_data_pages = 0
         self.bandwidth = 0.0  # bytes per second in the last whole window
+        self.guest_bandwidth = 0.0
         self.mbps = 0.0
         self.pages_per_second = 0.0
 
-    def restart(self, sent_bytes: int, sent_pages: int) -> None:
-        """Begin a window now."""
+    def restart(self, sent_bytes: int, sent_pages: int, data_pages: int = 0) -> None:
+        """Begin a window now; *data_pages*: of *sent_pages*, those that were not zero."""
         self._start_s = time.monotonic()
         self._start_bytes = sent_bytes
         self._start_pages = sent_pages
+        self._start_data_pages = data_pages
 
     def allowance(self, sent_bytes: int, limit_name: str = "max-bandwidth") -> int:
         """How many bytes may still leave in this window; the rate limit 0 means as many as will."""
@@ -55,17 +64,22 @@ class Pacer:
             return 1 << 62
         return max(int(limit * WINDOW_S) - (sent_bytes - self._start_bytes), 0)
 
-    def update(self, sent_bytes: int, sent_pages: int) -> bool:
+    def update(self, sent_bytes: int, sent_pages: int, data_pages: int = 0) -> bool:
         """Close the window if it is over, and take its figures; True if it was."""
         elapsed = time.monotonic() - self._start_s
         if elapsed < WINDOW_S:
             return False
         window_bytes = sent_bytes - self._start_bytes
         self.bandwidth = window_bytes / elapsed
+        self.guest_bandwidth = self._guest_bytes(sent_bytes, data_pages) / elapsed
         self.mbps = self.bandwidth * 8 / 1e6
         self.pages_per_second = (sent_pages - self._start_pages) / elapsed
-        self.restart(sent_bytes, sent_pages)
+        self.restart(sent_bytes, sent_pages, data_pages)
         return True
+
+    def _guest_bytes(self, sent_bytes: int, data_pages: int) -> int:
+        """Bytes of guest memory that have left in this window, in whatever form."""
+        return max(sent_bytes - self._start_bytes, (data_pages - self._start_data_pages) * TARGET_PAGE_SIZE)
 
     def rest_ms(self) -> float:
         """What is left of this window."""
@@ -77,17 +91,18 @@ class Pacer:
         if rest > 0 and self._poll.poll(rest * 1000):
             raise MigrationCancelled("the migration was cancelled")
 
-    def current_bandwidth(self, sent_bytes: int) -> float:
-        """Bytes per second: of the last whole window, or of the first one as far as it goes."""
-        if self.bandwidth:
-            return self.bandwidth
+    def current_bandwidth(self, sent_bytes: int, data_pages: int = 0) -> float:
+        """Bytes of the guest per second: of the last whole window, or of the first one as far as it goes."""
+        if self.guest_bandwidth:
+            return self.guest_bandwidth
         elapsed = time.monotonic() - self._start_s
-        return (sent_bytes - self._start_bytes) / elapsed if elapsed > 0 else 0.0
+        return self._guest_bytes(sent_bytes, data_pages) / elapsed if elapsed > 0 else 0.0
 
-    def threshold(self, sent_bytes: int) -> float:
-        """Bytes that can be sent while the guest stands still, by the downtime limit."""
-        bandwidth = self._options.parameter("avail-switchover-bandwidth") or self.current_bandwidth(sent_bytes)
-        return bandwidth * self._options.parameter("downtime-limit") / 1000
+    def threshold(self, bandwidth: float) -> float:
+        """Bytes of the guest that can be sent while it stands still, by the downtime limit, at *bandwidth*."""
+        return (self._options.parameter("avail-switchover-bandwidth") or bandwidth) * (
+            self._options.parameter("downtime-limit") / 1000
+        )
 
 
 class SwitchoverRule:

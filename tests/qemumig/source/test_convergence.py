@@ -63,9 +63,26 @@ def test_a_window_gives_bandwidth_threshold_and_rates(clock: Clock, quit_fd: int
     assert pacer.bandwidth == pytest.approx(10_000_000 / 0.125)
     assert pacer.mbps == pytest.approx(10_000_000 * 8 / 0.125 / 1e6)
     assert pacer.pages_per_second == pytest.approx(2500 / 0.125)
-    assert pacer.threshold(0) == pytest.approx(80_000_000 * 0.5)
+    assert pacer.threshold(pacer.current_bandwidth(0)) == pytest.approx(80_000_000 * 0.5)
     chosen.set_parameters({"avail-switchover-bandwidth": 1_000_000})
-    assert pacer.threshold(0) == pytest.approx(500_000)
+    assert pacer.threshold(pacer.current_bandwidth(0)) == pytest.approx(500_000)
+
+
+def test_pages_that_leave_smaller_count_in_full_for_the_switchover_and_as_sent_for_the_figures(
+    clock: Clock, quit_fd: int
+) -> None:
+    pacer = Pacer(options(), quit_fd)
+    pacer.restart(1000, 10, 10)
+    clock.now += 0.05
+    assert pacer.current_bandwidth(1000 + MIB, 1034) == pytest.approx(4 * MIB / 0.05)
+    clock.now += 0.075
+    assert pacer.update(1000 + 2 * MIB, 5000, 2058)
+    assert pacer.bandwidth == pytest.approx(2 * MIB / 0.125)
+    assert pacer.mbps == pytest.approx(2 * MIB * 8 / 0.125 / 1e6)
+    assert pacer.current_bandwidth(0) == pacer.guest_bandwidth == pytest.approx(8 * MIB / 0.125)
+    clock.now += 0.125
+    assert pacer.update(1000 + 3 * MIB, 9000, 2058)  # pages of zeroes only
+    assert pacer.guest_bandwidth == pacer.bandwidth == pytest.approx(MIB / 0.125)
 
 
 def test_the_rate_limit_gives_a_tenth_to_each_window(clock: Clock, quit_fd: int) -> None:
