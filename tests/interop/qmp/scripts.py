@@ -428,7 +428,7 @@ SCRIPTS = {
     "form of requests": FORM,
     "capabilities and parameters": PARAMETERS,
     "migration from here": SOURCE,
-    "machine": [*MACHINE, *RUN_STATE, *DUMPS],
+    "machine": [*MACHINE, *DUMPS, *RUN_STATE],  # a dump needs page tables, a reset takes them away
     "descriptors and yank": DESCRIPTORS,
     "objects": OBJECTS,
     "migration to here": DESTINATION,
