@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from kvm import chardev
 from kvm.chardev import FrontEnd
+from kvm.chardev.output import OUTPUT_LIMIT
 from kvm.chardev_options import CharDevices, from_chardev, from_device
 from kvm.keyval import UsageError
 
@@ -234,7 +234,7 @@ def test_a_socket_that_nobody_reads_is_filled_up_to_a_limit(directory):
             accepted = 0
             while taken := backend.write(b"x" * 1000):
                 accepted += taken
-            assert backend.output.pending <= chardev.OUTPUT_LIMIT + 1000
+            assert backend.output.pending <= OUTPUT_LIMIT + 1000
             backend.drop_client()
             assert len(await read_to_end(client)) <= accepted
             client.close()
