@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from qemumig.threads import start_thread
 
-from .vcpu import VcpuThread
+from .vcpu_thread import VcpuThread
 
 RUN_S = 0.01  # a vCPU runs so long between two dozes
 

@@ -23,7 +23,8 @@ from ..state.cpu import load_cpu, read_tsc, save_cpu
 from ..state.errors import refusals
 from ..state.host import HostState
 from ..structs import KVM_MP_STATE_HALTED
-from ..vcpu import Exit, VcpuThread
+from ..vcpu import Exit
+from ..vcpu_thread import VcpuThread
 from ..vm import Vm
 
 _RDX = 2

@@ -31,8 +31,8 @@ from kvm.vcpu import (
     ShutdownExit,
     SystemEventExit,
     UnknownExit,
-    VcpuThread,
 )
+from kvm.vcpu_thread import VcpuThread
 
 from .machines import CODE, IMAGE, Program, TinyGuest, needs_kvm
 
