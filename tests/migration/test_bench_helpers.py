@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ import pytest
 
 from qemumig.cli.guest import FILL_RANDOM, GuestParameters
 from qemumig.cli.interrupts import Interrupts
-from tests.support.host import qemus
+from tests.support.host import qemumig_system, qemus
 from tests.support.vmm import MIB, Stage, wait_until
 from tools.benchlib import __main__ as bench
 from tools.benchlib import baresocket
@@ -23,6 +24,7 @@ from tools.benchlib.report import BARE, ratios, table
 from tools.benchlib.workloads import WORKLOADS, Workload
 
 EVERY_RUN = [workload for workload in WORKLOADS if not workload.only_asked_for]
+MEASURED = [each for each in WORKLOADS if each.name in ("dirtying", "multifd-zstd")]
 
 
 def test_summary_has_median_and_extremes_of_what_was_measured() -> None:
@@ -95,9 +97,10 @@ def test_guest_of_a_workload_stays_inside_memory(workload: Workload, cpus: int) 
 
 @pytest.mark.usefixtures("no_leaks")
 def test_bare_socket_carries_everything() -> None:
-    run = baresocket.measure(8 * MIB + 5)
-    assert run.seconds > 0
-    assert run.cpu >= 0
+    for sockets in (1, 2):
+        run = baresocket.measure(8 * MIB + 5, sockets)
+        assert run.seconds > 0
+        assert run.cpu >= 0
 
 
 def test_resident_guest_memory_is_what_the_guest_has_touched(stage: Stage, qemu: str) -> None:
@@ -116,7 +119,7 @@ def test_vcpu_time_is_left_out(stage: Stage, qemu: str) -> None:
     assert cpu_seconds(vmm) - spent < 0.4
 
 
-@pytest.mark.parametrize("workload", EVERY_RUN, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", MEASURED, ids=lambda workload: workload.name)
 @pytest.mark.usefixtures("no_leaks")
 def test_one_migration_gives_every_figure(workload: Workload, qemu: str) -> None:
     with Interrupts() as interrupts:
@@ -125,6 +128,26 @@ def test_one_migration_gives_every_figure(workload: Workload, qemu: str) -> None
     assert run.total_ms is not None
     assert run.cpu_source is not None
     assert (run.silence_ms is not None) == workload.running
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.needs("kvm")
+def test_a_half_of_a_way_through_a_file_has_the_cost_of_its_end(directory: Path) -> None:
+    workload = next(each for each in WORKLOADS if each.file == "restore")
+    with Interrupts() as interrupts:
+        run = Bench(96 * MIB, 1, 300, 60, interrupts, directory).migrate(Contestant("x", qemumig_system()), workload)
+    assert run.rate > 0
+    assert run.cpu_source is None and run.cpu_destination is not None
+    assert not list(directory.iterdir())
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_who_lacks_what_a_workload_asks_for_is_left_out(qemu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    strange = replace(WORKLOADS[0], name="strange", capabilities=("thought-transfer",), data_bound=False)
+    with Interrupts() as interrupts:
+        results = bench.measure_workload(Bench(96 * MIB, 1, 300, 60, interrupts), strange, [Contestant("x", qemu)], 2)
+    assert results == {}
+    assert capsys.readouterr().err == "strange: x is left out: it has no thought-transfer\n"
 
 
 def test_version_is_read_from_the_program(qemu: str) -> None:

@@ -1,8 +1,8 @@
 """Measure qemumig-system against real QEMUs and a bare socket, in one run on one machine.
 
-Every contestant stands on both ends, with the same guest, the same memory and TCP on loopback, without a
-bandwidth limit; they take turns (A B C A B C …), so that a noisy machine is noisy for all.  Medians
-with (lowest to highest).
+Every contestant stands on both ends, with the same guest, the same memory and TCP on loopback (or a file), without a
+bandwidth limit; they take turns (A B C A B C …), so that a noisy machine is noisy for all; who lacks what a workload asks
+for is left out.  Medians with (lowest to highest).
 "MB/s" is guest memory by the time from `migrate` to the source's `completed`; "silence" is what the guest's own output
 shows of the downtime; CPU is without the vCPU threads.
 """
@@ -25,7 +25,7 @@ from qemumig.cli.interrupts import Interrupted, Interrupts
 from qemumig.cli.vmm import LOW_MEMORY_END, VmmError
 
 from .baresocket import BATCH
-from .measure import Bench, Contestant, Run, summary
+from .measure import Bench, Contestant, Lacks, Run, summary
 from .plot import svg
 from .report import BARE, ratios, table
 from .workloads import WORKLOADS, Workload
@@ -48,6 +48,12 @@ def arguments() -> argparse.Namespace:
     add("--repeat", type=int, default=5, metavar="N", help="runs of each contestant and workload (default 5)")
     add("--downtime-limit", type=int, default=300, metavar="MS", help="the same for all (default 300)")
     add("--timeout", type=float, default=120, metavar="S", help="a migration that takes longer ends the bench (120)")
+    add(
+        "--files",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where guests are saved (default: where temporary files go); in memory (/dev/shm) no disk is measured",
+    )
     add("--json", type=Path, metavar="FILE", help="also write all figures of all runs there")
     add("--plot", type=Path, metavar="FILE.svg", help="also draw the figures there")
     add(
@@ -92,8 +98,14 @@ def measure_workload(bench: Bench, workload: Workload, entered: list[Contestant]
     if workload.data_bound:
         runs[BARE] = []
     for turn in range(1, repeat + 1):
-        for each in entered:
-            progress(workload, turn, repeat, each.name, run := bench.migrate(each, workload))
+        for each in [each for each in entered if each.name in runs]:
+            try:
+                run = bench.migrate(each, workload)
+            except Lacks as reason:
+                print(f"{workload.name}: {each.name} is left out: {reason}", file=sys.stderr, flush=True)
+                del runs[each.name]
+                continue
+            progress(workload, turn, repeat, each.name, run)
             runs[each.name].append(run)
         if workload.data_bound:
             progress(workload, turn, repeat, BARE, run := bench.bare_socket(entered[-1], workload))
@@ -167,7 +179,7 @@ def measure(args: argparse.Namespace) -> int:
         try:
             entered = contestants(args)
             found["contestants"] = {each.name: each.command for each in entered}
-            bench = Bench(args.memory, args.cpus, args.downtime_limit, args.timeout, interrupts)
+            bench = Bench(args.memory, args.cpus, args.downtime_limit, args.timeout, interrupts, args.files)
             for workload in wanted:
                 results = measure_workload(bench, workload, entered, args.repeat)
                 found["workloads"][workload.name] = results

@@ -1,11 +1,13 @@
 """The limit of the machine: pages with 8-byte headers from one process to another, and nothing else.
 
 The sender gathers headers and pages out of memory of guest size, the receiver scatters them into a header buffer
-and into fresh memory that is advised for huge pages; one TCP connection on loopback, no test for zero, no check.
+and into fresh memory that is advised for huge pages; TCP on loopback, no test for zero, no check.  Several connections
+have a process at each end, and equal parts of the memory.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import resource
@@ -32,31 +34,40 @@ class BareRun:
     cpu: float
 
 
-def measure(size: int) -> BareRun:
-    """Send *size* bytes of memory; a multiple of a batch is sent."""
+def measure(size: int, sockets: int = 1) -> BareRun:
+    """Send *size* bytes of memory, evenly over *sockets* connections at once; multiples of a batch are sent."""
+    size //= sockets
     size -= size % (BATCH * PAGE)
     context = get_context("fork")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours, theirs = context.Pipe(duplex=False)
-        jobs = [
-            context.Process(target=_receive, args=(listener, size, theirs), name="bare/receive", daemon=True),
-            context.Process(target=_send, args=(listener.getsockname(), size, theirs), name="bare/send", daemon=True),
-        ]
+        gate, opener = os.pipe()
+        jobs = []
+        for _ in range(sockets):
+            there, here = (listener.getsockname(), size, theirs, gate), (listener, size, theirs)
+            jobs.append(context.Process(target=_receive, args=here, name="bare/receive", daemon=True))
+            jobs.append(context.Process(target=_send, args=there, name="bare/send", daemon=True))
         for job in jobs:
             job.start()
         theirs.close()
         try:
-            reports = dict(ours.recv() for _ in jobs)
+            for _ in range(sockets):
+                ours.recv()  # a sender is ready
+            os.write(opener, bytes(sockets))
+            reports = [ours.recv() for _ in jobs]
         except EOFError:
             raise OSError(f"a process of the bare socket ended early: {[job.exitcode for job in jobs]}") from None
         finally:
             for job in jobs:
                 job.join()
             ours.close()
-    return BareRun(reports["send"][0], reports["send"][1] + reports["receive"][1])
+            os.close(gate)
+            os.close(opener)
+    began = min(began for began, _, _ in reports)
+    return BareRun(max(ended for _, ended, _ in reports) - began, sum(cpu for _, _, cpu in reports))
 
 
-def _send(address: tuple[str, int], size: int, report: Connection) -> None:
+def _send(address: tuple[str, int], size: int, report: Connection, gate: int) -> None:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     pattern = os.urandom(PATTERN)
@@ -67,6 +78,8 @@ def _send(address: tuple[str, int], size: int, report: Connection) -> None:
     vector: list[memoryview] = [memoryview(headers)[i // 2 * 8 : i // 2 * 8 + 8] for i in range(2 * BATCH)]
     with socket.create_connection(address) as connection:
         connection.recv(1)  # the receiver is ready
+        report.send(None)
+        os.read(gate, 1)  # all senders are ready
         cpu, began = _cpu(), time.monotonic()
         for base in range(0, size, BATCH * PAGE):
             offsets = range(base, base + BATCH * PAGE, PAGE)
@@ -76,7 +89,7 @@ def _send(address: tuple[str, int], size: int, report: Connection) -> None:
             if sent < BATCH * (PAGE + 8):
                 connection.sendall(b"".join(vector)[sent:])
         connection.recv(1)  # the receiver has everything
-        report.send(("send", (time.monotonic() - began, _cpu() - cpu)))
+        report.send((began, time.monotonic(), _cpu() - cpu))
 
 
 def _receive(listener: socket.socket, size: int, report: Connection) -> None:
@@ -88,14 +101,14 @@ def _receive(listener: socket.socket, size: int, report: Connection) -> None:
     vector: list[memoryview] = [memoryview(headers)[i // 2 * 8 : i // 2 * 8 + 8] for i in range(2 * BATCH)]
     with connection:
         connection.send(b"\0")
-        cpu = _cpu()
+        cpu, began = _cpu(), math.inf  # the senders tell when it began
         for base in range(0, size, BATCH * PAGE):
             vector[1::2] = [pages[offset : offset + PAGE] for offset in range(base, base + BATCH * PAGE, PAGE)]
             got = connection.recvmsg_into(vector, 0, socket.MSG_WAITALL)[0]
             if got != BATCH * (PAGE + 8):
                 raise OSError(f"the bare receiver got {got} bytes of a batch, expected {BATCH * (PAGE + 8)}")
         connection.send(b"\0")
-        report.send(("receive", (0.0, _cpu() - cpu)))
+        report.send((began, 0.0, _cpu() - cpu))
 
 
 def _cpu() -> float:

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +27,10 @@ LETTERS = 20
 CADENCE_SECONDS = 1.0
 DELTA_BANDWIDTH = 64 << 20  # bytes per second, a quarter of it once deltas flow
 DELTA_CPU_SECONDS = 0.5  # of sending deltas are measured; a process's CPU time is counted in hundredths
+
+
+class Lacks(Exception):
+    """A contestant cannot do what a workload asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,20 @@ class Bench:
     downtime_limit: int  # ms
     timeout: float
     interrupts: Interrupts
+    files: Path | None = None  # where what a workload saves goes; None: the directory for temporary files
 
     def migrate(self, contestant: Contestant, workload: Workload) -> Run:
-        """Start both ends, migrate, measure, and make sure that the guest is well."""
+        """Start both ends, migrate, measure, and make sure that the guest is well; Lacks when it cannot do that."""
         with ExitStack() as owned:
-            source = self._start(owned, contestant, workload)
+            self._shape = self._new_shape(owned, workload)
             destination = self._vmm(owned, "destination", contestant.command, incoming=True)
+            self._configure(destination, workload)
+            source = self._start(owned, contestant, workload)
+            self._configure(source, workload)
             if workload.deltas:
                 return self._encode(source, destination, workload)
+            if workload.file:
+                return self._through_file(source, destination, workload)
             outcome, costs = self._measured(source, destination)
             quiet: dict[str, float] = {}
             if workload.running:
@@ -83,23 +94,27 @@ class Bench:
     def bare_socket(self, load: Contestant, workload: Workload) -> Run:
         """The bare socket, while a guest of *load* does what it would do under a migration."""
         with ExitStack() as owned:
+            self._shape = self._new_shape(owned, workload)
             if workload.running:
                 self._start(owned, load, workload)
-            run = baresocket.measure(self.memory)
+            run = baresocket.measure(self.memory, workload.sockets)
         return Run(
             rate=self.memory / run.seconds / 1e6, total_ms=run.seconds * 1000, cpu_source=run.cpu / self.memory * GIB
         )
 
     # --- the stage
 
-    def _start(self, owned: ExitStack, contestant: Contestant, workload: Workload) -> Vmm:
-        """The source, with its guest running or stopped."""
+    def _new_shape(self, owned: ExitStack, workload: Workload) -> MachineShape:
+        """The machine of both ends, with a directory of its own."""
         with self.interrupts.held():
-            directory = Path(tempfile.mkdtemp(prefix="qemumig-bench-"))
+            directory = Path(tempfile.mkdtemp(prefix="qemumig-bench-", dir=self.files))
             owned.callback(shutil.rmtree, directory, ignore_errors=True)
         image = directory / "guest.bin"
         image.write_bytes(workload.guest(self.memory, self.cpus).image())
-        self._shape = MachineShape(self.memory, self.cpus, image)
+        return MachineShape(self.memory, self.cpus, image)
+
+    def _start(self, owned: ExitStack, contestant: Contestant, workload: Workload) -> Vmm:
+        """The source, with its guest running or stopped."""
         source = self._vmm(owned, "source", contestant.command)
         if not source.serial.wait_more(LETTERS, START_TIMEOUT):
             raise VmmError(f"{contestant.name}: the guest printed only {source.serial.output()!r}")
@@ -117,27 +132,54 @@ class Bench:
         with_capabilities([vmm], events=True)
         return vmm
 
+    def _configure(self, vmm: Vmm, workload: Workload) -> None:
+        """Set what the workload asks for; Lacks when this VMM knows nothing of it."""
+        known = {one["capability"] for one in vmm.command("query-migrate-capabilities")}
+        if missing := [name for name in workload.capabilities if name not in known]:
+            raise Lacks(f"it has no {missing[0]}")
+        with_capabilities([vmm], **dict.fromkeys(workload.capabilities, True))
+        if workload.parameters:
+            vmm.command("migrate-set-parameters", **workload.parameters)
+
     # --- the measurement
 
     def _measured(self, source: Vmm, destination: Vmm) -> tuple[MigrationOutcome, dict[str, float]]:
         """Migrate; the monitors are left alone meanwhile: an event tells the end."""
         uri = listen(destination)
         warm_memory(2 * self.memory)
-        before = {vmm.name: cpu_seconds(vmm) for vmm in (source, destination)}
-        forget_peak(source)
-        forget_peak(destination)
+        started, ended, costs = self._timed([source, destination], lambda: source.command("migrate", uri=uri), source)
+        return MigrationOutcome(started, ended, source.command("query-migrate")), costs
+
+    def _timed(self, vmms: Sequence[Vmm], start: Callable[[], Any], last: Vmm) -> tuple[float, float, dict[str, float]]:
+        """Call *start*, wait for the word of *last* that the migration is done: when that was, and what it cost *vmms*."""
+        before = {vmm.name: cpu_seconds(vmm) for vmm in vmms}
+        for vmm in vmms:
+            forget_peak(vmm)
         started = time.monotonic()
-        source.command("migrate", uri=uri)
-        while (status := self._next_status(source)) not in FINAL:
+        start()
+        while (status := self._next_status(last)) not in FINAL:
             pass
         ended = time.monotonic()
-        report = source.command("query-migrate")
         if status != "completed":
-            raise VmmError(f"the migration {status}: {report.get('error-desc')}; {destination.last_words()}")
-        destination.wait_event("MIGRATION", 30, status="completed")
-        costs = {f"cpu_{vmm.name}": cpu_seconds(vmm) - before[vmm.name] for vmm in (source, destination)}
-        costs |= {f"extra_{vmm.name}": peak_overhead(vmm) / 1e6 for vmm in (source, destination)}
-        return MigrationOutcome(started, ended, report), costs
+            report = last.command("query-migrate")
+            raise VmmError(f"the migration {status}: {report.get('error-desc')}; {vmms[-1].last_words()}")
+        for vmm in vmms:
+            if vmm is not last:
+                vmm.wait_event("MIGRATION", 30, status="completed")
+        costs = {f"cpu_{vmm.name}": cpu_seconds(vmm) - before[vmm.name] for vmm in vmms}
+        costs |= {f"extra_{vmm.name}": peak_overhead(vmm) / 1e6 for vmm in vmms}
+        return started, ended, costs
+
+    def _through_file(self, source: Vmm, destination: Vmm, workload: Workload) -> Run:
+        """Save the guest and restore it; one of the two is what is measured."""
+        uri = f"file:{self._shape.image.parent / 'saved'}"
+        warm_memory(2 * self.memory)
+        saved = self._timed([source], lambda: source.command("migrate", uri=uri), source)
+        warm_memory(self.memory)
+        loaded = self._timed([destination], lambda: destination.command("migrate-incoming", uri=uri), destination)
+        self._check_guest(source, destination, workload)
+        started, ended, costs = saved if workload.file == "save" else loaded
+        return self._run(MigrationOutcome(started, ended, source.command("query-migrate")), costs, {})
 
     def _encode(self, source: Vmm, destination: Vmm, workload: Workload) -> Run:
         """Let deltas flow for some seconds, count pages and CPU time meanwhile, then let the migration end."""
@@ -202,6 +244,9 @@ class Bench:
     def _run(self, outcome: MigrationOutcome, costs: dict[str, float], quiet: dict[str, float]) -> Run:
         seconds = outcome.ended - outcome.started
         per_gib = self.memory / GIB
+        figures = costs | {
+            name: seconds_spent / per_gib for name, seconds_spent in costs.items() if name.startswith("cpu_")
+        }
         return Run(
             rate=self.memory / seconds / 1e6,
             wire_rate=outcome.report["ram"]["transferred"] / seconds / 1e6,
@@ -209,10 +254,7 @@ class Bench:
             downtime_ms=outcome.report["downtime"],
             silence_ms=quiet.get("silence_ms"),
             longest_silence_ms=quiet.get("longest_silence_ms"),
-            cpu_source=costs["cpu_source"] / per_gib,
-            cpu_destination=costs["cpu_destination"] / per_gib,
-            extra_source=costs["extra_source"],
-            extra_destination=costs["extra_destination"],
+            **figures,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM, FILL_NOTHING, FILL_RANDOM, PAGE_SIZE, GuestParameters
 
@@ -23,6 +25,10 @@ class Workload:
     data_bound: bool = True  # the link carries the memory itself, so a bare socket can be compared
     deltas: bool = False  # XBZRLE: what is measured is pages found in the cache per CPU second of the source
     only_asked_for: bool = False
+    sockets: int = 1  # that many bare ones are the limit
+    file: str = ""  # "save" or "restore": memory goes through a file, and this half of it is measured
+    capabilities: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def guest(self, memory: int, cpus: int) -> GuestParameters:
         """The guest for a machine with that much memory (bytes)."""
@@ -39,6 +45,21 @@ class Workload:
         )
 
 
+TWO_CHANNELS: Mapping[str, Any] = {"capabilities": ("multifd",), "parameters": {"multifd-channels": 2}, "sockets": 2}
+
+
+def _compressed(method: str) -> Workload:
+    return Workload(
+        f"multifd-{method}",
+        f"half-compressible memory over 2 channels with {method} level 1, guest runs and writes 64 KiB",
+        FILL_HALF_RANDOM,
+        running=True,
+        data_bound=False,
+        capabilities=("multifd",),
+        parameters={"multifd-channels": 2, "multifd-compression": method},
+    )
+
+
 WORKLOADS = (
     Workload("random-idle", "random memory, guest stopped", FILL_RANDOM, running=False),
     Workload("random-busy", "random memory, guest runs and writes 64 KiB", FILL_RANDOM, running=True),
@@ -52,5 +73,25 @@ WORKLOADS = (
             "guest changes 8 bytes in each of 20480 pages without pause; MB of pages as deltas per CPU s of the source",
         ),
         *(FILL_NOTHING, True, 80 * MIB, False, True, True),
+    ),
+    Workload(
+        *("multifd-idle", "random memory over 2 channels, guest stopped", FILL_RANDOM, False),
+        **TWO_CHANNELS,
+    ),
+    Workload(
+        *("multifd-busy", "random memory over 2 channels, guest runs and writes 64 KiB", FILL_RANDOM, True),
+        **TWO_CHANNELS,
+    ),
+    _compressed("zstd"),
+    _compressed("zlib"),
+    *(
+        Workload(
+            *(f"mapped-{half}", f"{half} of random memory by 2 channels, mapped-ram, guest stopped", FILL_RANDOM, False),
+            data_bound=False,
+            file=half,
+            capabilities=("mapped-ram", "multifd"),
+            parameters={"multifd-channels": 2},
+        )
+        for half in ("save", "restore")
     ),
 )
