@@ -30,7 +30,8 @@ from ..wire.format import (
     SectionType,
 )
 from . import remedies
-from .fields import Count, Description, Field, buffer, capability, uint8, uint32
+from .fields import Field, buffer, capability, uint8, uint32
+from .kinds import Count, Description
 from .reader import Reader, counted_string, read_counted_string
 from .vmstate import Subsection, Value, VMState, plain_subsection
 

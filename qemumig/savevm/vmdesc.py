@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import StreamError
 from ..wire.format import TARGET_PAGE_SIZE, SectionType
-from .fields import Description
+from .kinds import Description
 from .reader import BytesReader
 
 _LISTS = ("qtailq", "qlist", "gtree")  # u8 1 before each element, u8 0 after the last

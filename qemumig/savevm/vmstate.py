@@ -28,7 +28,8 @@ from typing import Any
 from ..errors import MachineError, StreamError
 from ..wire.format import SectionType
 from . import remedies
-from .fields import Description, Field, get_member, ordinal_names, set_member
+from .fields import Field, ordinal_names
+from .kinds import Description, get_member, set_member
 from .place import Loading, Saving
 from .reader import Reader, counted_string
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..fields import Count, boolean, struct, uint8, uint32, uint64
+from ..fields import boolean, struct, uint8, uint32, uint64
+from ..kinds import Count
 from ..vmstate import Subsection, VMState, plain_subsection
 
 _MAX_SLOTS = 256  # memory slots of a machine

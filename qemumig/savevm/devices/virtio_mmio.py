@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..fields import Description, Field, boolean, custom, struct, uint8, uint64
+from ..fields import Field, boolean, custom, struct, uint8, uint64
+from ..kinds import Description
 from ..place import Loading, Saving
 from ..vmstate import Subsection, VMState, plain_subsection
 

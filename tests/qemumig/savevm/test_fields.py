@@ -12,7 +12,8 @@ import pytest
 
 from qemumig.errors import StreamError
 from qemumig.savevm import fields as kinds
-from qemumig.savevm.fields import Count, Description, Field
+from qemumig.savevm.fields import Field
+from qemumig.savevm.kinds import Count, Description
 from qemumig.savevm.place import Loading, Saving
 from qemumig.savevm.reader import BytesReader
 from qemumig.savevm.vmstate import Subsection, VMState

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qemumig.errors import MachineError, StreamError
 from qemumig.savevm import fields as kinds
 from qemumig.savevm import vmdesc
-from qemumig.savevm.fields import Count, Field
+from qemumig.savevm.fields import Field
+from qemumig.savevm.kinds import Count
 from qemumig.savevm.reader import BytesReader
 from qemumig.savevm.vmstate import Subsection, VMState, plain_subsection, when_nonzero
 
