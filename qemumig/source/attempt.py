@@ -10,11 +10,11 @@ guest, and nothing is left in the link's buffers whose fate would be unknown if 
 belongs to whoever the return path says:
 
     SHUT 0            completed
-    SHUT 1, clean end failed, and the guest runs on here
+    SHUT 1, clean end failed, and the guest runs on here; an end that this side has brought about is none
     anything else     failed; the guest stays stopped on this side until a person decides (state-machine.md §5)
 
 Threads   `mig/src/main` runs `_run`; `cancel` may come from any thread.  The owner joins with `join`.
-Fields    set before start: machine, options, address · under the lock: _cancelled, _committed, _broken
+Fields    set before start: machine, options, address · under the lock: _cancelled, _committed, _broken, _severed
           the rest: thread only
 """
 
@@ -101,6 +101,7 @@ class Attempt:
         self._cancelled = False
         self._committed = False  # the last write has begun
         self._broken = False  # before there was a connection
+        self._severed = False  # by us, or by a failure that was seen here first: how the return path ends means nothing
         self._channel: Channel | None = None
         self._return_path: ReturnPath | None = None
         self._senders: Senders | None = None  # of multifd
@@ -138,6 +139,7 @@ class Attempt:
         """As if the network had broken; a connection that is not there yet never will be."""
         with self._lock:
             if self._channel is not None:
+                self._severed = True
                 self._shut_channels(self._channel)
             else:
                 self._broken = True
@@ -468,8 +470,9 @@ class Attempt:
             self.out.write(last)
             self.out.flush()
         except ChannelError:
-            if self._channel.stored or self.out.accepted_bytes() == accepted:
-                with self._lock:
+            with self._lock:
+                self._severed = True  # the error was told to the writer: the reader may see an ordinary end
+                if self._channel.stored or self.out.accepted_bytes() == accepted:
                     self._committed = False  # nobody can have begun to act on it
             raise
 
@@ -503,9 +506,8 @@ class Attempt:
 
     def _give_up(self, error: MigrationError | None = None) -> None:
         """After an error, or a cancel when there is none: the guest runs here again, if it can be only here."""
-        verdict = self._return_path.verdict if self._return_path is not None else None
         self.total_s = time.monotonic() - self.start_s
-        if self._committed and verdict is not Verdict.REFUSED:
+        if self._committed and not self._is_given_back():
             reason = f" ({error})" if error is not None and str(error) != UNKNOWN_OUTCOME else ""
             self.error = ChannelError(UNKNOWN_OUTCOME + reason)
             trace.migrate_error(self.error)
@@ -524,6 +526,15 @@ class Attempt:
         trace.migrate_error(self.error)
         self._states.advance_from_any(MigrationStatus.FAILED)
 
+    def _is_given_back(self) -> bool:
+        """Whether the destination, which has had the last write or part of it, has certainly not started the guest."""
+        path = self._return_path
+        if path is None:
+            return False
+        if self._severed:
+            path.wait(LAST_WORD_S)  # what it said before may still be on the way to the reader; nothing else counts
+        return path.verdict is Verdict.REFUSED or (path.verdict is Verdict.LEFT and not self._severed)
+
     def _with_reason(self, error: MigrationError | None) -> MigrationError | None:
         """A connection that broke, most often because the destination refused the stream: say that, too."""
         path = self._return_path
@@ -539,7 +550,7 @@ class Attempt:
     def _with_hint(self, error: MigrationError | None) -> MigrationError | None:
         """With multifd, a destination that leaves may have other parameters: it had no way to say so."""
         path = self._return_path
-        has_left = path is not None and (path.verdict is Verdict.REFUSED or not path.has_heard)
+        has_left = path is not None and (path.verdict in (Verdict.REFUSED, Verdict.LEFT) or not path.has_heard)
         if self._senders is None or not has_left or not isinstance(error, ChannelError | StreamError):
             return error
         hint = "parameters 'multifd-channels' and 'multifd-compression' must be equal on both sides"

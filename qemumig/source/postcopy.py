@@ -89,7 +89,7 @@ class PostcopyAttempt(Attempt):
                     state=self._states.status,
                 )
             self._paused_by_user = True
-        self.shut_link()
+        self._sever()
 
     def resume(self, opener: Callable[[], Channel], open_another: Callable[[], Channel]) -> None:
         """Go on with the channel that *opener* gives, and the further ones of *open_another*."""
@@ -120,9 +120,15 @@ class PostcopyAttempt(Attempt):
     def break_connection(self) -> None:
         """As if the network had broken: once the guest was handed over, both sides pause."""
         if self._states.status in IN_POSTCOPY:
-            self.shut_link()
+            self._sever()
         else:
             super().break_connection()
+
+    def _sever(self) -> None:
+        """Break the connection on purpose: that it ends is no word of the destination's."""
+        with self._lock:
+            self._severed = True
+        self.shut_link()
 
     def shut_link(self) -> None:
         """End every connection there is; whoever uses one notices."""
@@ -318,7 +324,7 @@ class PostcopyAttempt(Attempt):
         assert self._return_path is not None
         if not self._taken:
             self._return_path.wait(LAST_WORD_S)  # it may have said why
-            if self._return_path.verdict is Verdict.REFUSED:
+            if self._is_given_back():
                 raise Refused(str(self._return_path.error or error))
         self.shut_link()
         self._return_path.join()
@@ -367,7 +373,7 @@ class PostcopyAttempt(Attempt):
     def _reconnect(self, channel: Channel) -> None:
         assert self.server is not None and self.ram is not None
         with self._lock:
-            self._channel = channel
+            self._channel, self._severed = channel, False
         self.out = OutputStream(channel)
         self._is_recovered = True
         self.server.forget_requests()

@@ -4,6 +4,9 @@
     SHUT 1, or a clean end          the destination has not started: the source may go on
     a reset, noise, any error       nobody can tell
 
+A clean end is only as good as the way back: when this side has broken the connection, or a write that failed has taken the
+news of a reset, the reader sees the same (`Verdict.LEFT`), and it says nothing.
+
 Thread    `mig/src/return` reads; it is started and joined by the attempt that owns this object.
 """
 
@@ -29,7 +32,8 @@ class Verdict(enum.Enum):
     """How the return path ended."""
 
     TAKEN = "the destination has taken the guest"
-    REFUSED = "the destination has not started"
+    REFUSED = "the destination has said that it has not started"
+    LEFT = "the destination has closed the connection without a word"
     UNKNOWN = "the destination's state is unknown"
 
 
@@ -132,7 +136,7 @@ class ReturnPath:
             if self.talk is not None and was_reset(self._stream.channel.read_fd):
                 raise ChannelError("the return path was reset", channel=self._stream.channel.name)
             text = f"the destination closed the connection before it had loaded the stream: {ITS_WORDS}"
-            self._end(Verdict.REFUSED, StreamError(text))
+            self._end(Verdict.LEFT, StreamError(text))
             return
         message = commands.read_return_message(self._stream, self.talk.bitmap_size if self.talk is not None else None)
         if isinstance(message, commands.Shut):

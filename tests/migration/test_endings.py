@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import random
 import socket
+import struct
 import threading
 import time
 
 import pytest
 
+from qemumig import trace
 from qemumig.channels.address import FdAddress, InetAddress
-from qemumig.errors import StateError
+from qemumig.errors import MigrationError, StateError
 from qemumig.qapi import RunState
 from qemumig.savevm import commands
+from qemumig.source.attempt import Attempt
 from tests.support.pair import Cut, Pair, wait_for
 
 
@@ -64,8 +67,9 @@ def test_without_a_return_path_the_source_believes_its_last_write() -> None:
         assert pair.link.passed[1] == 0
 
 
-def stream_length() -> int:
-    with Pair() as pair:
+def shortest_stream() -> int:
+    """Bytes of a stream of which the guest writes nothing a second time."""
+    with Pair(running=False) as pair:
         pair.migrate()
         return pair.link.passed[0]
 
@@ -73,8 +77,8 @@ def stream_length() -> int:
 @pytest.mark.parametrize("how", ["reset", "end"])
 def test_a_cut_before_the_last_byte_leaves_the_guest_at_the_source(how: str) -> None:
     chance = random.Random(1)
-    length = stream_length()
-    moments = [1, 8, 9, 30, *(chance.randrange(1, length // 2) for _ in range(16))]
+    length = shortest_stream()
+    moments = [1, 8, 9, 30, *(chance.randrange(1, length * 3 // 4) for _ in range(16))]
     for after in moments:
         with Pair(cut=Cut(after, how)) as pair:
             pair.migrate()
@@ -194,6 +198,118 @@ def test_noise_instead_of_a_word_is_not_taken_for_one(noise: str) -> None:
         assert pair.migration.status.value == "failed"
         assert "use 'cont'" in pair.migration.query()["error-desc"]
         assert pair.running == [] and pair.source.runstate is RunState.POSTMIGRATE
+
+
+def ping(value: int) -> bytes:
+    return commands.encode_command(commands.Ping(value))
+
+
+def pong(value: int) -> bytes:
+    return commands.encode_return_message(commands.Pong(value))
+
+
+def read_until(connection: socket.socket, last: bytes) -> None:
+    """Take a stream in until *last* has come, and answer the ping that opens the return path."""
+    tail, answered = b"", False
+    while last not in tail:
+        more = connection.recv(1 << 20)
+        assert more, "the source went away"
+        tail = tail[-64:] + more
+        if not answered and ping(1) in tail:
+            connection.sendall(pong(1))
+            answered = True
+
+
+class Breaker(FakePeer):
+    """It takes a part of the last write, and then resets the connection."""
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        read_until(connection, ping(0x10))
+        connection.sendall(pong(0x10) + pong(LAST_PONG) + self._answer)
+        connection.recv(1 << 20)
+        self.done.wait(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+
+LAST_PONG = 0x77
+
+
+@pytest.mark.parametrize("answer", ["clean end", "SHUT 1"])
+def test_a_reset_that_the_writer_took_is_no_refusal(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of it once: who reads afterwards sees an ordinary end, and whatever had come before."""
+    heard, broke = threading.Event(), threading.Event()
+
+    def hold_reader(value: int) -> None:
+        if value == LAST_PONG:
+            heard.set()
+            assert broke.wait(10)
+
+    monkeypatch.setattr(trace, "source_return_path_thread_pong", hold_reader)
+    monkeypatch.setattr(Attempt, "_last_words", lambda attempt, devices: bytes(64 << 20))  # more than a link holds
+    give_up = Attempt._give_up
+
+    def judge(attempt: Attempt, error: MigrationError | None = None) -> None:
+        broke.set()
+        assert attempt._return_path is not None and attempt._return_path.wait(10)
+        give_up(attempt, error)
+
+    monkeypatch.setattr(Attempt, "_give_up", judge)
+    with Pair() as pair:
+        peer = Breaker(REFUSALS[answer])
+        migrate_to(peer, pair)
+        assert heard.wait(10)
+        wait_for(lambda: pair.migration._attempt._committed, "the last write")
+        peer.close()
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        assert pair.migration.status.value == "failed"
+        if answer == "SHUT 1":
+            pair.assert_guest_at("source")
+        else:
+            assert pair.running == [] and pair.source.runstate is RunState.POSTMIGRATE
+            assert "use 'cont'" in pair.migration.query()["error-desc"]
+
+
+def test_a_yank_after_the_last_byte_says_nothing_of_the_destination() -> None:
+    with Pair() as pair:
+        peer = FakePeer(b"", close=False)
+        migrate_to(peer, pair)
+        wait_for(lambda: pair.migration._attempt is not None and pair.migration._attempt._committed, "the last write")
+        pair.migration.break_connection()
+        wait_for(lambda: not pair.migration.is_running, "the source to end")
+        peer.close()
+        assert pair.migration.status.value == "failed"
+        assert "use 'cont'" in pair.migration.query()["error-desc"]
+        assert pair.running == [] and pair.source.runstate is RunState.POSTMIGRATE
+
+
+class TakesThePackage(FakePeer):
+    """A destination of postcopy that has the guest, and has not said so yet."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Event()
+        super().__init__(b"")
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        read_until(connection, ping(4))
+        self.taken.set()
+        self.done.wait(10)
+        connection.close()
+
+
+def test_who_breaks_a_handover_does_not_take_its_end_for_a_refusal() -> None:
+    with Pair(capabilities={"postcopy-ram": True}) as pair:
+        peer = TakesThePackage()
+        migrate_to(peer, pair)
+        pair.migration.start_postcopy()
+        assert peer.taken.wait(10)
+        pair.migration.break_connection()
+        wait_for(lambda: pair.migration.status.value in ("postcopy-paused", "failed"), "the pause")
+        assert pair.migration.status.value == "postcopy-paused"
+        assert pair.running == []
+        peer.close()
 
 
 def test_a_cancel_at_any_moment_ends_with_the_guest_in_one_place() -> None:
