@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,12 +68,38 @@ class Field:
         return self.exists(record, version_id) if self.exists else self.version <= version_id
 
     def save(self, saving: Saving, record: Any, wire_name: str) -> list[Description]:
-        """Append the field of *record*; return its description objects."""
-        if self.count is None:
-            return [self._save_element(saving, record, self._local(record), None).describe(wire_name, {})]
-        values = self._values(saving, record, self.count)
-        elements = [self._save_element(saving, record, value, number) for number, value in enumerate(values)]
-        return [one for run in self._runs(elements) for one in self._describe(wire_name, run)]
+        """Append the field of *record*; return its description objects, none where they are not wanted."""
+        if self.count is not None:
+            return self._save_array(saving, self._values(saving, record, self.count), record, wire_name)
+        element = self._save_element(saving, record, self._local(record), None)
+        return [element.describe(wire_name, {})] if saving.describes else []
+
+    def _save_array(self, saving: Saving, values: Sequence[Any], record: Any, wire_name: str) -> list[Description]:
+        if not self._is_uniform or len(values) < 2:
+            elements = [self._save_element(saving, record, value, number) for number, value in enumerate(values)]
+            return [one for run in self._runs(elements) for one in self._describe(wire_name, run)]
+        first = self._save_packed(saving, values)
+        if first is None:
+            first = self._save_element(saving, record, values[0], 0)
+            with saving.bytes_only():
+                for number, value in enumerate(values[1:], start=1):
+                    self._save_element(saving, record, value, number)
+        return [first.describe(wire_name, {"array_len": len(values)})] if saving.describes else []
+
+    @cached_property
+    def _is_uniform(self) -> bool:
+        """Whether the first element's description stands for all (vmstate.md §5)."""
+        return self.exists is None and not self.pointer and self.kind.compressible
+
+    def _save_packed(self, saving: Saving, values: Sequence[Any]) -> _Element | None:
+        """Numbers go in one piece.  None: they are none, or one does not fit, and the long way tells which."""
+        if not isinstance(self.kind, Integer):
+            return None
+        try:
+            saving.out += self.kind.pack(values)
+        except ValueError:
+            return None
+        return _Element(0, self.kind, {}, self.kind.size)
 
     def _save_element(self, saving: Saving, record: Any, value: Any, number: int | None) -> _Element:
         """Append one element; *number* None: the field is no array."""

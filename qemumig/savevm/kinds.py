@@ -13,8 +13,9 @@ A Kind knows one element: how it is written, read and described.  Records stay p
 from __future__ import annotations
 
 import struct as binary
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Description = dict[str, Any]
 
 _TIMER_NOT_ARMED = 0xFFFFFFFFFFFFFFFF
+_LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of unsigned numbers, for `struct`
 _NULL_POINTER = 0x30  # ASCII '0' stands for a null pointer in an array
 _ONE_MORE, _NO_MORE = b"\x01", b"\x00"  # before each element of a list, and after the last
 
@@ -99,7 +101,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Integer:
-    """A big-endian number of *size* bytes."""
+    """A big-endian number of *size* bytes: 1, 2, 4 or 8."""
 
     type: str
     size: int
@@ -115,6 +117,14 @@ class Integer:
 
     def load(self, loading: Loading, local: Any, record: Any) -> Any:
         return int.from_bytes(loading.reader.read(self.size), "big", signed=self.signed)
+
+    def pack(self, values: Sequence[Any]) -> bytes:
+        """Several at once; ValueError when one does not fit."""
+        letter = _LETTERS[self.size]
+        try:
+            return binary.pack(f">{len(values)}{letter.lower() if self.signed else letter}", *values)
+        except binary.error as error:
+            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -310,7 +320,7 @@ class Struct:
     vmstate: VMState
     type = "struct"
 
-    @property
+    @cached_property
     def compressible(self) -> bool:
         if self.vmstate.subsections:
             return False

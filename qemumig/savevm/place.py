@@ -6,6 +6,8 @@ so that a walk without faults pays next to nothing for its good messages.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from ..errors import StreamError
@@ -45,6 +47,14 @@ class Saving(Place):
     def __init__(self, section: str, instance_id: int) -> None:
         super().__init__(section, instance_id)
         self.out = bytearray()
+        self.describes = True
+
+    @contextmanager
+    def bytes_only(self) -> Iterator[None]:
+        """Inside, nobody wants descriptions: those of an array's first element stand for all."""
+        before, self.describes = self.describes, False
+        yield
+        self.describes = before
 
     def refuse(self, finding: str) -> NoReturn:
         """Raise ValueError: *finding* says what the record holds and what was expected."""
