@@ -134,7 +134,6 @@ _NOT_IN_BACKGROUND = (
 
 RULES = (  # in the order in which QEMU looks at them
     Rule("postcopy-ram", "x-ignore-shared", False, "Postcopy is not compatible with ignore-shared"),
-    Rule("postcopy-ram", "multifd", False, "Postcopy is not yet compatible with multifd"),  # as in QEMU 10.0
     *(
         Rule("background-snapshot", name, False, f"Background-snapshot is not compatible with {name}")
         for name in _NOT_IN_BACKGROUND

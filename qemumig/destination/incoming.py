@@ -195,6 +195,7 @@ class IncomingMigration:
             channel=self._channel,
             listener=self._listener,
             quit_event=self._quit,
+            end_packets=self._end_packets,
         )
         if not self._options.capability("postcopy-preempt") and not arrivals.channels:
             self._listener.close()
@@ -211,12 +212,10 @@ class IncomingMigration:
             receive=self._receive if arrivals.channels else None,
         )
         loader.load()
-        if loader.receivers is not None:
-            arrivals.check_surplus()
-            loader.receivers.complete()
         if loader.handed_over:
             self._run_postcopy()
             return
+        self._end_packets()
         trace.vmstate_downtime_checkpoint("dst-precopy-loadvm-completed")
         self._load_devices()
         if loader.description_missing:
@@ -288,6 +287,12 @@ class IncomingMigration:
         if not self._options.capability("postcopy-preempt"):  # then one more is to come
             self._arrivals.watch(receivers.fail)
         return receivers
+
+    def _end_packets(self) -> None:
+        """All that comes by channels of multifd is here: raises what one failed of, or has left unsynced."""
+        if self._loader is not None and self._loader.receivers is not None and self._arrivals is not None:
+            self._arrivals.check_surplus()
+            self._loader.receivers.complete()
 
     def _receivers_error(self) -> MigrationError | None:
         receivers = self._loader.receivers if self._loader is not None else None

@@ -136,6 +136,7 @@ class StreamLoader:
         rest = copy.copy(self)
         rest.stream = rest._reader = stream
         rest.ram = receiver
+        rest.receivers = None  # channels of multifd carry nothing any more (postcopy.md §10)
         rest._is_package = False
         return rest
 

@@ -57,6 +57,10 @@ if TYPE_CHECKING:
 CHECK_S = 0.2  # how often to look whether the source is still there, where nothing tells
 MOMENT_S = 0.01  # between two looks at what is still on its way by the other channel
 BY_USER = "Postcopy migration is paused by the user"
+LOST = (
+    "the guest runs here, and {count} pages of its memory are still at the source: 'migrate-recover' here and 'migrate' "
+    "with resume=true there go on; if the source is gone for good, the guest stops for ever at the first that it touches"
+)
 
 
 class Phase(enum.Enum):
@@ -73,8 +77,8 @@ class Phase(enum.Enum):
 class PostcopyDestination:
     """Postcopy of one incoming migration.
 
-    *listener* is where the source connects, for as long as more channels may come; *answers* the return path; *settle*
-    puts the device state that was staged into effect.
+    *listener* is where the source connects, for as long as more channels may come; *answers* the return path.  Before
+    anything may be missing, *end_packets* makes sure that all that came by channels of multifd is here.
     """
 
     def __init__(
@@ -86,12 +90,14 @@ class PostcopyDestination:
         channel: Channel,
         listener: Listener,
         quit_event: QuitEvent,
+        end_packets: Callable[[], None],
     ) -> None:
         # set before any thread starts
         self._machine = machine
         self._options = options
         self._states = states
         self._quit = quit_event
+        self._end_packets = end_packets
         self._fresh = {block.idstr for block in machine.ram_blocks if block.fresh}
         self.answers = Answers()
         # under the lock
@@ -264,6 +270,7 @@ class PostcopyDestination:
             self._begin_discard()
         if self._preempt_thread is not None:
             self._await_preempt()
+        self._end_packets()
         uffd = Userfaultfd(THREAD_ID)
         self._memory = MissingMemory(loader.landing, uffd, FaultTimes(self._machine.vcpu_thread_ids()))
         self._memory.register()
@@ -392,7 +399,7 @@ class PostcopyDestination:
                 raise error
             # RUN is in the package, which is here already
             self._changed.wait_for(lambda: self._phase is not Phase.LISTENING or self._quit.is_set())
-            self.error = ChannelError(BY_USER) if self._paused_by_user else error
+            self.error = ChannelError(BY_USER if self._paused_by_user else f"{error}; {self._what_is_missing()}")
             self._paused_by_user = False
             self._shut_link()
         self.answers.detach()
@@ -406,6 +413,10 @@ class PostcopyDestination:
         trace.postcopy_pause_incoming(self.error)
         print(f"migration: postcopy is paused: {self.error}", file=sys.stderr)
         return False
+
+    def _what_is_missing(self) -> str:
+        assert self._memory is not None
+        return LOST.format(count=self._memory.missing_pages())
 
     def _close_link(self) -> None:
         with self._changed:

@@ -205,6 +205,8 @@ class Arrivals:
         self.end_watch()
         while self._step(0):
             pass
+        if self._silent and self._options.capability("postcopy-preempt"):  # which has come: one was taken for it
+            raise StreamError(f"the source has opened a connection too many, of multifd perhaps: {EQUAL}")
 
     def end_watch(self) -> None:
         """Nobody looks out any more."""

@@ -3,6 +3,8 @@
     once a round         a mark in START and at the end of END, and whenever the walk has passed the last block
     after every section  the end of a section's body is the mark (QEMU before 8.1; `multifd-flush-after-each-section`)
 
+Before a switch to postcopy there is one more, in a PART of its own: the channels have nothing to carry behind it.
+
 A QEMU that knows only the second way does not know zero pages in packets either, and would lose them: then they are
 records of the main stream, whatever `zero-page-detection` says.
 """
@@ -72,6 +74,13 @@ class MultifdRamSource(RamSource):
     def write_rest(self) -> None:
         super().write_rest()
         self._senders.dispatch.drain()  # nothing may be in doubt when the devices follow
+
+    def write_sync(self) -> None:
+        """A PART's body without pages: whatever was sent is in memory there when it has been loaded."""
+        if not self._per_section:
+            self.sender.write_mark()
+        self._end_body()
+        self._senders.dispatch.drain()
 
     def _send_step(self, limit: int) -> bool:
         is_clean = self.sender.send(limit, STEP_BYTES // TARGET_PAGE_SIZE)

@@ -29,6 +29,7 @@ from ..channels.channel import Channel
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError, StreamError
 from ..postcopy.serve import PageServer
 from ..qapi import MigrationStatus, RunState
+from ..ram.live_multifd import MultifdRamSource
 from ..savevm import commands
 from ..states import IN_POSTCOPY
 from ..wire.format import TARGET_PAGE_SIZE, RamSaveFlag, SectionType
@@ -48,7 +49,7 @@ LOST = (
 IN_BETWEEN = (
     "the connection was lost while the destination was taking the guest, before it had said so: if the destination says "
     "postcopy-paused, 'migrate-recover' there and 'migrate' with resume=true here go on; if it has ended, "
-    " 'migrate_cancel' and then 'cont' let the guest run here again"
+    "'migrate_cancel' and then 'cont' let the guest run here again"
 )
 
 
@@ -190,10 +191,18 @@ class PostcopyAttempt(Attempt):
         ):  # the destination is there: what connects next is not taken for the main one
             raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
         self._connect_urgent()
+        self._sync_channels()
         self._stop_guest()
         self._enter_device()
         self._hand_over()
         self._serve_until_done()
+
+    def _sync_channels(self) -> None:
+        """Whatever went by channels of multifd is in memory there before anything of it is discarded (postcopy.md §10)."""
+        if isinstance(self.ram, MultifdRamSource):
+            self._begin(SectionType.QEMU_VM_SECTION_PART)
+            self.ram.write_sync()
+            self._end_section()
 
     # ---- the switch ----
 

@@ -6,6 +6,8 @@ import pytest
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_RANDOM
 from tests.interop.test_precopy import both_ways, ends
+from tests.interop.test_tls import KEY, credentials
+from tests.qemumig.channels.pki import psk_directory
 from tests.support.postcopy import advise, begin, break_and_recover, wait_completed
 from tests.support.vmm import MIB, GuestParameters, Stage, Vmm, with_capabilities
 
@@ -50,9 +52,12 @@ def test_the_guest_runs_there_before_its_memory_is_there(stage: Stage, qemu: str
 
 
 @both_ways
-def test_memory_is_equal_when_the_guest_is_held_there(stage: Stage, qemu: str, direction: str) -> None:
+@pytest.mark.parametrize("layout", ["one-channel", "multifd", "multifd-preempt"])
+def test_memory_is_equal_when_the_guest_is_held_there(stage: Stage, qemu: str, direction: str, layout: str) -> None:
+    if layout != "one-channel" and not any(peer.is_since(10, 1) for peer in ends(direction, qemu)):
+        pytest.skip("QEMU has multifd and postcopy together from 10.1 on")
     source, destination = pair(stage, direction, qemu, held=True)
-    advise([source, destination])
+    advise([source, destination], multifd=layout != "one-channel", postcopy_preempt="preempt" in layout)
     begin(source, destination, where="paused")
     wait_completed(source, destination)
     assert destination.memory_digest() == source.memory_digest()
@@ -71,10 +76,17 @@ def test_urgent_pages_have_a_channel_of_their_own(stage: Stage, qemu: str, direc
 
 
 @both_ways
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
-def test_a_broken_link_is_mended_again_and_again(stage: Stage, qemu: str, direction: str, preempt: bool) -> None:
+def test_a_broken_link_is_mended_again_and_again(
+    stage: Stage, qemu: str, direction: str, preempt: bool, encrypted: bool
+) -> None:
     old = any(peer.is_before(8) for peer in ends(direction, qemu))
     source, destination = pair(stage, direction, qemu, extra=OLD_PREEMPT if old and preempt else ())
+    if encrypted:
+        keys = psk_directory(stage.directory / "keys", qemu=KEY)
+        credentials(source, "psk", "client", keys)
+        credentials(destination, "psk", "server", keys)
     advise([source, destination], postcopy_bandwidth=16 * MIB, postcopy_preempt=preempt)
     begin(source, destination)
     break_and_recover(source, destination, f"unix:{stage.directory}/r")

@@ -42,11 +42,11 @@ def pair(stage: Stage, *extra: str, held: bool = False) -> tuple[Vmm, Vmm]:
     return source, destination
 
 
-@pytest.mark.parametrize("layout", ["one-channel", "preempt", "old-preempt"])
+@pytest.mark.parametrize("layout", ["one-channel", "preempt", "old-preempt", "multifd", "multifd-preempt"])
 def test_memory_is_equal_when_the_guest_is_held_there(stage: Stage, layout: str) -> None:
     extra = ("-global", "migration.x-preempt-pre-7-2=on") if layout == "old-preempt" else ()
     source, destination = pair(stage, *extra, held=True)
-    advise([source, destination], postcopy_preempt=layout != "one-channel")
+    advise([source, destination], postcopy_preempt="preempt" in layout, multifd="multifd" in layout)
     begin(source, destination, where="paused")
     wait_completed(source, destination)
     assert destination.memory_digest() == source.memory_digest()
@@ -152,6 +152,19 @@ def test_precopy_may_end_before_anybody_wants_postcopy(stage: Stage) -> None:
     migrate(source, destination)
     destination.wait_runstate("running")
     stage.assert_guest_is_well(destination)
+
+
+def test_a_channel_of_multifd_too_many_is_not_taken_for_the_one_of_urgent_pages(stage: Stage) -> None:
+    source, destination = pair(stage)
+    advise([source, destination], postcopy_preempt=True, multifd=True)
+    source.command("migrate-set-parameters", multifd_channels=3)
+    source.command("migrate", uri=listen(destination))
+    source.command("migrate-start-postcopy")
+    assert destination.process.wait(30) == 1
+    assert "'multifd-channels' must be equal on both sides" in destination.last_words()
+    wait_status(source, "failed")
+    source.wait_runstate("running")
+    stage.assert_guest_is_well(source, arrived=False)
 
 
 def test_commands_of_postcopy_say_when_they_come_too_early(stage: Stage) -> None:
