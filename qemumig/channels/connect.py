@@ -219,6 +219,8 @@ class SocketListener(Listener):
 
         *speaks*: the peer sends the first byte.  With TLS, a peer that leaves before that is as good as none.
         """
+        if self._reception is not None and not speaks:
+            self._reception.let_silent_in()  # it may have come together with the one before
         while (channel := self.accept_among({}, speaks=speaks)) is None:
             pass
         return channel

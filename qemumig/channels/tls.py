@@ -101,6 +101,10 @@ class Handshake:
     def fd(self) -> int:
         return self._channel.read_fd if self.events == select.POLLIN else self._channel.write_fd
 
+    def need_not_speak(self) -> None:
+        """The peer is let in although it says nothing."""
+        self._speaks = False
+
     def step(self) -> TlsChannel | None:
         """Go on; the channel when it is done, which then is the caller's.  ChannelError when it fails."""
         try:
@@ -213,6 +217,12 @@ class Reception:
         handshake = server.begin(channel, speaks=speaks)
         self._pending.append(handshake)
         self._advance(handshake)
+
+    def let_silent_in(self) -> None:
+        """Who has come already need not speak, either."""
+        for handshake in list(self._pending):
+            handshake.need_not_speak()
+            self._advance(handshake)
 
     def waits(self) -> dict[int, int]:
         """Descriptor: events, of every handshake that waits."""

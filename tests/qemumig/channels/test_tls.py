@@ -526,6 +526,20 @@ def test_a_hostile_peer_costs_its_own_connection_only(behaviour: str, door: Door
     hostile.close()
 
 
+def test_who_need_not_speak_may_have_come_before_that_was_known(door: Door) -> None:
+    """As the channel of urgent pages does, when it is opened right behind the main one."""
+    address, fd = UnixAddress(door.path), door.quit_event.fd
+    silent = in_thread(outgoing(address, fd, lambda name: -1, tls=lambda: door.client))
+    waiting = in_thread(door.listener.accept)
+    opened = silent()  # its handshake was done by who waits for the other
+    source = door.come()
+    main = waiting()
+    assert InputStream(main).read(4) == b"QEVM"
+    second = door.listener.accept(speaks=False)
+    for channel in (main, second, source(), opened):
+        channel.close()
+
+
 def test_a_peer_that_leaves_after_its_handshake_is_not_the_source(door: Door, capfd: pytest.CaptureFixture[str]) -> None:
     waiting = in_thread(door.listener.accept)
     scout = door.client.wrap(SocketChannel("scout", door.knock(), door.quit_event.fd))
