@@ -19,6 +19,7 @@ from qemumig.ram.block import RAMBlock
 from . import trace
 from .config import MachineConfig
 from .devices.bus import Bus
+from .devices.client_time import ClientTime
 from .runstates import IN_TRANSIT, require_next, require_rename
 
 Emit = Callable[[str, dict | None], None]
@@ -90,12 +91,15 @@ class EmptyMachine:
         self.ram_blocks: Sequence[RAMBlock] = ()
         self.dirty_log = NothingDirty()
         self.physical = NothingPhysical()
+        self.client_time = None if config.runs_guest else ClientTime()
         self._emit = emit
         self._lock = threading.RLock()
         self._runstate = RunState.INMIGRATE if config.incoming else RunState.PRELAUNCH
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """End a step of its clock; there is nothing to give back."""
+        if self.client_time is not None:
+            self.client_time.close()
 
     # -- run state
 

@@ -44,6 +44,7 @@ from .cpuid import CpuModel, host_brand
 from .devices import pc
 from .devices.blobs import LogWithBlobs
 from .devices.board import Board, BoardEvents
+from .devices.client_time import ClientTime
 from .devices.irqchip import InputPins
 from .devices.memory import GuestMemory
 from .devices.processor import Processor
@@ -302,6 +303,11 @@ class MicroVM:
                 if self.running:
                     self._resume()
         return ControlRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+
+    @property
+    def client_time(self) -> ClientTime | None:
+        """Virtual time, where a test harness moves it; None where the guest's running does."""
+        return self._board.client_time
 
     @property
     def pins(self) -> InputPins:

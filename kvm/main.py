@@ -171,7 +171,7 @@ class Program:
         if self._arguments.only_migratable:
             for blocker in machine.migration_blockers:
                 raise UsageError(f"disallowing migration blocker (--only-migratable) for: {blocker}")
-        self._doors.serve_qtest(machine.physical, {"ioapic": machine.pins})
+        self._doors.serve_qtest(machine.physical, {"ioapic": machine.pins}, machine.client_time)
         self._add_commands(machine, config, assembly)
         return machine
 

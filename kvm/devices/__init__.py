@@ -12,6 +12,7 @@
     virtio_queue   the ring that a disk's requests come by
     pit, rtc, ged, ioapic                      the same, if the machine's chipset has them
     irqchip, pic, kvmclock, timer, vapic       what keeps state for it, mostly in the kernel
+    client_time    virtual time that a test harness moves instead
     deadlines      a thread that calls timers when their time has come
     acpi, fdt      what the machine says of itself: tables, a device tree
     blobs          RAM blocks for the ACPI files

@@ -38,6 +38,7 @@ from .acpi.tables import Described
 from .acpi.tables import build as build_tables
 from .blobs import Blobs
 from .bus import Bus
+from .client_time import ClientTime
 from .deadlines import Deadlines
 from .fdt import build as build_tree
 from .irqchip import InputPins, Irqchip
@@ -78,7 +79,8 @@ class Board:
         self.memory = memory
         self.ports = Bus("port", _PORTS_IDLE)
         self.mmio = Bus("memory", _MEMORY_IDLE)
-        self.clock = VirtualClock()
+        self.client_time = None if config.runs_guest else ClientTime()
+        self.clock = self.client_time.clock if self.client_time is not None else VirtualClock()
         self._chipset = config.chipset
         self._irqchip = Irqchip(vm, config.chipset)
         self._kvmclock = Kvmclock(vm)
@@ -98,7 +100,8 @@ class Board:
         self._fw_cfg = self._make_fw_cfg(config)
         self._serial = self._make_serial(config) if config.isa_serial else None
         self._ged = ged.Ged(line(ged.GSI), events.power_off, events.reset) if chipset.acpi else None
-        self._pit = pit.Pit(lambda: self.clock.now, line(pit.GSI), deadlines) if chipset.pit else None
+        virtual = self.client_time or deadlines
+        self._pit = pit.Pit(lambda: self.clock.now, line(pit.GSI), virtual) if chipset.pit else None
         self._rtc = rtc.Rtc(rtc.memory_bytes(config.ram_size), line(rtc.GSI), deadlines) if chipset.rtc else None
         self._pc = self._make_pc(config, events, warn) if config.machine_type.is_pc else None
         self._register_devices()
@@ -211,6 +214,8 @@ class Board:
         for disk in self._disks.values():
             disk.close()
         self._deadlines.close()
+        if self.client_time is not None:
+            self.client_time.close()
         if self.blobs is not None:
             self.blobs.close()
 

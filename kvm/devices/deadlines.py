@@ -1,7 +1,7 @@
 """Deadlines: a thread that calls devices when their time has come.
 
     deadline = deadlines.new(call)      call()  in `vm/timers`, without any lock of ours
-    deadline.set(when)                  nanoseconds of time.monotonic_ns(); earlier or later than before, None for never
+    deadline.set(when)                  nanoseconds of deadlines.now(); earlier or later than before, None for never
 
 A call may come late, and it may come after `set(None)` when it was on its way already; so a device looks at its own
 clock when it is called, and sets its next deadline then.
@@ -32,7 +32,7 @@ class Deadline:
         self.when: int | None = None  # under lock
 
     def set(self, when: int | None) -> None:
-        """Be called at *when*, in nanoseconds of time.monotonic_ns(), or never."""
+        """Be called at *when*, in nanoseconds of the clock of these deadlines, or never."""
         with self._changed:
             if when == self.when:
                 return
@@ -60,6 +60,10 @@ class Deadlines:
         self._all.append(deadline)
         return deadline
 
+    def now(self) -> int:
+        """The clock that they come by: the host's, in nanoseconds, which never goes back."""
+        return time.monotonic_ns()
+
     def close(self) -> None:
         """End the thread; no call comes after that.  Twice is allowed."""
         with self._changed:
@@ -85,13 +89,17 @@ class Deadlines:
         """Sleep until a deadline has come, take it; None at the end."""
         with self._changed:
             while not self._ending:
-                first = min((one for one in self._all if one.when is not None), key=lambda one: one.when or 0, default=None)
+                first = self._first()
                 if first is None or first.when is None:
                     self._changed.wait()
                     continue
-                left = first.when - time.monotonic_ns()
+                left = first.when - self.now()
                 if left <= 0:
                     first.when = None
                     return first
                 self._changed.wait(min(left / NANOSECONDS, _LONGEST_SLEEP_S))
             return None
+
+    def _first(self) -> Deadline | None:
+        """The one that comes next; under lock."""
+        return min((one for one in self._all if one.when is not None), key=lambda one: one.when or 0, default=None)

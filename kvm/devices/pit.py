@@ -21,7 +21,6 @@ Holds     the interrupt line follows counter 0's output, both change under the l
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -59,6 +58,7 @@ class Pit:
         # Set before the guest runs.
         self._clock = clock
         self._line = line
+        self._deadlines = deadlines
         self._deadline = deadlines.new(self._time_has_come)
         # Under lock.
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class Pit:
         change = next_change(self._state.channels[0], now)
         self._state.channels[0].next_transition_time = self._state.next_transition_time = change
         wait = max(change - now, _SHORTEST_WAIT)
-        self._deadline.set(time.monotonic_ns() + wait if self._running and change >= 0 else None)
+        self._deadline.set(self._deadlines.now() + wait if self._running and change >= 0 else None)
 
     def _catch_up(self) -> None:
         """If the output has changed: the line goes where it went then, and on to where it is now."""

@@ -20,7 +20,7 @@ from ..keyval import UsageError
 from .events import EventHub
 from .hmp import HumanMonitor, HumanShell
 from .qmp import QmpMonitor
-from .qtest import HarnessedMachine, InputPins, QtestServer, open_log
+from .qtest import HarnessedMachine, HarnessedTime, InputPins, QtestServer, open_log
 from .registry import Registry
 
 
@@ -74,11 +74,11 @@ class FrontDoors:
         backends = (*self._for_people, *self._devices.for_people)
         self._monitors += [HumanMonitor(backend, shell) for backend in backends]
 
-    def serve_qtest(self, machine: HarnessedMachine, pins: Mapping[str, InputPins]) -> None:
+    def serve_qtest(self, machine: HarnessedMachine, pins: Mapping[str, InputPins], time: HarnessedTime | None) -> None:
         """Give the harness, if there is one, the machine."""
         if self._harness is not None:
             backend, log = self._harness
-            self._qtest = QtestServer(backend, machine, pins, open_log(log))
+            self._qtest = QtestServer(backend, machine, pins, open_log(log), time)
 
     def stop(self) -> None:
         """Begin no further command."""

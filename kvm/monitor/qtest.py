@@ -61,6 +61,18 @@ class HarnessedMachine(Protocol):
     def write_port(self, port: int, size: int, value: int) -> None: ...
 
 
+class HarnessedTime(Protocol):
+    """Virtual time that nobody else moves; nanoseconds."""
+
+    def now(self) -> int: ...
+
+    def next(self) -> int | None:
+        """When something is to happen next; None for never."""
+
+    def step(self, until: int) -> bool:
+        """Move on to *until*; False when that is no later time."""
+
+
 class InputPins(Protocol):
     """The input pins of an interrupt controller."""
 
@@ -123,15 +135,23 @@ def open_log(path: str | None) -> QtestLog | None:
 
 
 class QtestServer:
-    """The protocol on *backend*; *pins* are the interrupt controllers, by the last part of their QOM path."""
+    """The protocol on *backend*; *pins* are the interrupt controllers, by the last part of their QOM path.
+
+    *time* is there with accelerator `qtest` alone.
+    """
 
     def __init__(
-        self, backend: CharBackend, machine: HarnessedMachine, pins: Mapping[str, InputPins], log: QtestLog | None = None
+        self,
+        backend: CharBackend,
+        machine: HarnessedMachine,
+        pins: Mapping[str, InputPins],
+        log: QtestLog | None = None,
+        time: HarnessedTime | None = None,
     ) -> None:
         # Set before the first client.
         self._backend = backend
         self._log = log
-        self._requests = Requests(machine, pins, self._report_level)
+        self._requests = Requests(machine, pins, self._report_level, time)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
         self._thread = named_thread("qtest", self._work)
@@ -289,7 +309,11 @@ class Requests:
     """What each request does; *report* is told of intercepted lines: pin and level."""
 
     def __init__(
-        self, machine: HarnessedMachine, pins: Mapping[str, InputPins], report: Callable[[int, int], None]
+        self,
+        machine: HarnessedMachine,
+        pins: Mapping[str, InputPins],
+        report: Callable[[int, int], None],
+        time: HarnessedTime | None = None,
     ) -> None:
         self._machine = machine
         self._pins = pins
@@ -311,6 +335,9 @@ class Requests:
         }
         for letter, width in _WIDTHS.items():
             self._add_accesses(letter, width)
+        if time is not None:
+            self._handlers["clock_step"] = lambda words: step(time, words)
+            self._handlers["clock_set"] = lambda words: set_clock(time, words)
 
     def _add_accesses(self, letter: str, width: int) -> None:
         self._handlers[f"read{letter}"] = lambda words: self._read_value(words, width)
@@ -442,6 +469,36 @@ class Requests:
         if self._levels.get(pin, 0) != level:
             self._levels[pin] = level
             self._report(pin, level)
+
+
+# ---- virtual time ----
+
+
+def step(time: HarnessedTime, words: list[str]) -> str:
+    """So many nanoseconds on, or as many as it is to the next timer."""
+    until = time.now() + duration(words) if words else time.next()
+    if until is None:
+        return "FAIL cannot advance clock to the next deadline because there is no pending deadline"
+    if not words:
+        until = max(until, time.now() + 1)
+    return f"OK {time.now()}" if time.step(until) else "FAIL could not advance time"
+
+
+def set_clock(time: HarnessedTime, words: list[str]) -> str:
+    """On to a time, which may be now."""
+    until, now = duration(words), time.now()
+    return f"OK {until}" if until == now or time.step(until) else f"FAIL {now}"
+
+
+def duration(words: list[str]) -> int:
+    """The first operand, nanoseconds with a sign."""
+    value = number(words, 0, "time")
+    if words[0].startswith("-"):
+        return value - LIMIT if value else 0
+    return value
+
+
+# ---- operands ----
 
 
 def operand(words: list[str], index: int, name: str) -> str:

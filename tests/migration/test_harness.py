@@ -95,6 +95,12 @@ def test_the_probes_that_come_before_any_test(bench: Bench) -> None:
     assert VERSIONED.fullmatch(machines["q35"]) and VERSIONED.fullmatch(machines["pc"])
     types = {entry["name"] for entry in probe.command("qom-list-types", implements="machine", abstract=False)}
     assert {f"{entry['name']}-machine" for entry in probe.command("query-machines")} == types
+    assert probe.qtest("clock_step").startswith("FAIL cannot advance clock to the next deadline")
+    assert [probe.qtest(f"clock_{words}") for words in ("step 100", "set 50", "set 1000")] == [
+        "OK 100",
+        "FAIL 100",
+        "OK 1000",
+    ]
     probe.quit()
 
 

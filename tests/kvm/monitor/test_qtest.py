@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvm.chardev_options import CharDevices
+from kvm.devices.client_time import ClientTime
 from kvm.monitor.qtest import MAX_LINE, MAX_SIZE, QtestLog, QtestServer, Requests, open_log
 
 PATIENCE_S = 10
@@ -152,6 +153,44 @@ def test_requests_are_answered_as_qemu_answers_them(requests, answer):
 )
 def test_what_aborts_a_real_qemu_is_a_failure_with_a_reason(request_line, answer):
     assert answers(request_line) == [answer]
+
+
+def harnessed_answers(*requests):
+    """With accelerator `qtest`; a device wants to be called at 50."""
+    time = ClientTime()
+    time.new(lambda: None).set(50)
+    asked = Requests(PretendMachine(), {}, lambda pin, level: None, time)
+    return [asked.answer(request) for request in requests]
+
+
+NO_DEADLINE = "FAIL cannot advance clock to the next deadline because there is no pending deadline"
+
+
+@pytest.mark.parametrize(
+    ("requests", "answer"),
+    [
+        (["clock_step"], "OK 50"),
+        (["clock_step", "clock_step"], NO_DEADLINE),
+        (["clock_step 100", "clock_step"], NO_DEADLINE),
+        (["clock_step 0x10"], "OK 16"),
+        (["clock_step 7", "clock_step 5 6"], "OK 12"),
+        (["clock_step 7 ", "clock_step"], "OK 50"),
+        (["clock_step 0"], "FAIL could not advance time"),
+        (["clock_step -5"], "FAIL could not advance time"),
+        (["clock_step 9", "clock_step 9223372036854775807"], "FAIL could not advance time"),
+        (["clock_set 100", "clock_set 99"], "FAIL 100"),
+        (["clock_set 100", "clock_set -1"], "FAIL 100"),
+        (["clock_set 100", "clock_set 100"], "OK 100"),
+        (["clock_set 010", "clock_step 1"], "OK 9"),
+        (["clock_set 99999999999 3"], "OK 99999999999"),
+        (["clock_set 9223372036854775808"], "FAIL 0"),
+        (["clock_step abc"], "FAIL operand 1, the time, is no number below 2^64"),
+        (["clock_step "], "FAIL operand 1, the time, is missing"),
+        (["clock_set"], "FAIL operand 1, the time, is missing"),
+    ],
+)
+def test_virtual_time_goes_where_the_harness_puts_it(requests, answer):
+    assert harnessed_answers(*requests)[-1] == answer
 
 
 @given(st.text("0123456789abcdefx-rwb64eq lmst_in", max_size=60))
