@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.qemumig.channels.pki import psk_directory, x509_directory
 from tests.support.boot_sector import complaint, page_addresses, write_disk
 from tests.support.harness import Harness, program
 from tests.support.host import qemumig_system
@@ -139,6 +140,83 @@ def test_a_guest_moves_by_every_way(bench: Bench, way: str) -> None:
     bench.wait_for_serial("target", b"B")
     assert b"A" not in bench.serial("target")
     assert bench.serial("source").count(b"A") == 1
+    destination.command("stop")
+    check_pages(destination)
+    for harness in (source, destination):
+        harness.quit()
+
+
+def test_a_guest_moves_through_tls_with_certificates_and_then_with_a_shared_key(bench: Bench) -> None:
+    """Credentials are made by the monitor, as harnesses make them; the destination asks the source for a certificate."""
+    directories = {
+        "x509": x509_directory(bench.directory / "x509"),
+        "psk": psk_directory(bench.directory / "psk", qemu="00112233445566778899aabbccddeeff"),
+    }
+    source, names = bench.machine("source"), iter(("middle", "last"))
+    bench.wait_for_serial("source", b"B")
+    for kind, directory in directories.items():
+        name = next(names)
+        destination = bench.machine(name, "-incoming defer")
+        for harness, endpoint in ((source, "client"), (destination, "server")):
+            creds = {"qom_type": f"tls-creds-{kind}", "id": f"{kind}-{endpoint}", "dir": str(directory)}
+            harness.command("object-add", **creds, endpoint=endpoint, verify_peer=kind == "x509")
+            harness.command("migrate-set-parameters", tls_creds=f"{kind}-{endpoint}", max_bandwidth=0, downtime_limit=1000)
+        destination.command("migrate-incoming", uri="tcp:127.0.0.1:0")
+        (address,) = destination.command("query-migrate")["socket-address"]
+        source.command("migrate", uri=f"tcp:127.0.0.1:{address['port']}")
+        wait_migrated(source)
+        destination.event("RESUME")
+        bench.wait_for_serial(name, b"B")
+        source.quit()
+        source = destination
+    source.command("stop")
+    check_pages(source)
+    source.quit()
+
+
+def cancel(source: Harness, state: str, uri: str) -> None:
+    """Migrate to *uri*, and cancel in that *state*: the guest runs on."""
+    source.command("migrate", uri=uri)
+    wait_until(lambda: source.command("query-migrate")["status"] == state, f"state {state}")
+    source.command("migrate_cancel")
+    wait_until(lambda: source.command("query-migrate")["status"] == "cancelled", f"the end of state {state}")
+    assert source.command("query-status")["status"] == "running"
+
+
+def test_a_migration_is_cancelled_in_each_of_its_states_and_then_takes_place(bench: Bench) -> None:
+    source, destination = bench.machine("source"), bench.machine("target", "-incoming defer")
+    uri = f"unix:{bench.directory}/migsocket"
+
+    def listen_again() -> None:
+        wait_until(lambda: destination.command("query-migrate").get("status") in (None, "failed"), "the destination's end")
+        destination.command("migrate-incoming", uri=uri, exit_on_error=False)
+
+    bench.wait_for_serial("source", b"B")
+    with socket.socket(socket.AF_UNIX) as deaf, socket.socket(socket.AF_UNIX) as client:
+        deaf.bind(f"{bench.directory}/deaf")
+        deaf.listen(0)
+        client.connect(f"{bench.directory}/deaf")  # the queue is full: nobody else gets in
+        cancel(source, "setup", f"unix:{bench.directory}/deaf")
+    keys = psk_directory(bench.directory / "psk", qemu="00112233445566778899aabbccddeeff")
+    source.command("object-add", qom_type="tls-creds-psk", id="psk", dir=str(keys), endpoint="client")
+    source.command("migrate-set-parameters", tls_creds="psk")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it connects, and nobody shakes hands
+        cancel(source, "setup", f"tcp:127.0.0.1:{silent.getsockname()[1]}")
+    source.command("migrate-set-parameters", tls_creds="", max_bandwidth=1 << 20, downtime_limit=1000)
+    listen_again()
+    cancel(source, "active", uri)
+    source.command("migrate-set-parameters", max_bandwidth=0)
+    pause = [{"capability": "pause-before-switchover", "state": True}]
+    source.command("migrate-set-capabilities", capabilities=pause)
+    listen_again()
+    cancel(source, "pre-switchover", uri)
+    pause[0]["state"] = False
+    source.command("migrate-set-capabilities", capabilities=pause)
+    listen_again()
+    source.command("migrate", uri=uri)
+    wait_migrated(source)
+    destination.event("RESUME")
+    bench.wait_for_serial("target", b"B")
     destination.command("stop")
     check_pages(destination)
     for harness in (source, destination):
