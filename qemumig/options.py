@@ -49,7 +49,7 @@ CAPABILITIES = (
     Capability("x-ignore-shared", built=True),
     Capability("validate-uuid", built=True),
     Capability("background-snapshot", built=True),
-    Capability("zero-copy-send"),
+    Capability("zero-copy-send", built=True),  # of a source; without effect where pages go to a file, as in QEMU
     Capability("postcopy-preempt", built=True),
     Capability("switchover-ack", built=True),
     Capability("dirty-limit"),

@@ -7,6 +7,7 @@
 
 packet     the packets' bytes, taken apart and put together
 send       batches of pages into packets, each channel in its own thread
+zerocopy   pages that the network takes from where they lie
 recv       packets straight into guest RAM, each channel in its own thread; the meeting of channels and main loader
 senders    the source's channels: opened, watched, closed
 receivers  the destination's channels: told apart, watched, closed

@@ -4,9 +4,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ..encode.compress cimport Compressor
 from ..wire.format cimport MULTIFD_HEADER_SIZE, MULTIFD_PACKET_PAGES
-from ..wire.stream cimport OutputStream
+from ..wire.stream cimport OutputStream, iovec
 from .locks cimport pthread_cond_t, pthread_mutex_t
 from .packet cimport Packet
+from .zerocopy cimport ZeroCopy
 
 cdef enum:
     QUEUE_DEPTH = 2               # batches of one channel: one under way, one ready
@@ -62,6 +63,8 @@ cdef class Sender:
     cdef Compressor compressor        # None: pages leave as they are
     cdef uint32_t method              # the flag of its packets
     cdef uint8_t *buffer              # compressed data of one packet
+    cdef ZeroCopy zero_copy           # None: the kernel copies pages
+    cdef iovec pages[MULTIFD_PACKET_PAGES]    # of one packet, for that
     cdef Packet packet
     cdef uint8_t header[MULTIFD_HEADER_SIZE]
     cdef readonly uint64_t normal_pages
@@ -72,5 +75,7 @@ cdef class Sender:
     cdef int serve(self) noexcept nogil
     cdef int send_batch(self, const Batch *batch) noexcept nogil
     cdef void sort_pages(self, const Batch *batch) noexcept nogil
+    cdef int send_packet(self, const Batch *batch) noexcept nogil
+    cdef int send_uncopied(self, const Batch *batch) noexcept nogil
     cdef int put_pages(self, const Batch *batch) noexcept nogil
     cdef int compress_pages(self, const Batch *batch) noexcept nogil

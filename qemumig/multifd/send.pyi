@@ -4,6 +4,7 @@ from typing import NoReturn
 from ..encode.compress import Compressor
 from ..errors import MigrationError
 from ..wire.stream import OutputStream
+from .zerocopy import ZeroCopy
 
 class Dispatch:
     """The queues of *count* channels, and the batch that the migration thread fills.
@@ -42,5 +43,10 @@ class Sender:
     def __init__(self, channel_id: int, out: OutputStream, dispatch: Dispatch, *, detects_zero: bool) -> None: ...
     def compress_with(self, method: int, compressor: Compressor) -> None:
         """Send packets of compression *method* (a MultifdFlag), made by *compressor*."""
+    def send_uncopied_by(self, zero_copy: ZeroCopy) -> None:
+        """Let the network take pages from where they lie, through *zero_copy* over the same channel."""
+    @property
+    def missed_zero_copy(self) -> int:
+        """Sync points before which the kernel had copied all pages all the same."""
     def run(self) -> None:
         """Send batches until there will be no more; a failure goes to the dispatch."""

@@ -268,6 +268,15 @@ cdef class Sender:
         self.method = method
         self.compressor = compressor
 
+    def send_uncopied_by(self, ZeroCopy zero_copy not None):
+        """Let the network take pages from where they lie; see send.pyi."""
+        self.zero_copy = zero_copy
+
+    @property
+    def missed_zero_copy(self) -> int:
+        """Sync points before which everything was copied all the same; see send.pyi."""
+        return self.zero_copy.missed if self.zero_copy is not None else 0
+
     # ---- the engine ----
 
     cdef int serve(self) noexcept nogil:
@@ -304,14 +313,37 @@ cdef class Sender:
             else:
                 self.packet.data_size = self.packet.normal_pages * TARGET_PAGE_SIZE
         fill_header(self.header, &self.packet)
-        self.stream_status = self.out.put_reference(self.header, MULTIFD_HEADER_SIZE)
-        if self.stream_status == STREAM_OK and self.packet.normal_pages:
-            self.stream_status = self.put_pages(batch)
-        if self.stream_status == STREAM_OK:
-            self.stream_status = self.out.flush_pending()
+        self.stream_status = self.send_packet(batch)
         self.normal_pages += self.packet.normal_pages
         self.zero_pages += self.packet.zero_pages
         return SEND_OK if self.stream_status == STREAM_OK else SEND_STREAM
+
+    cdef int send_packet(self, const Batch *batch) noexcept nogil:
+        """Send the header and what belongs to it; a sync point waits until the network has done with all pages."""
+        cdef int status = self.out.put_reference(self.header, MULTIFD_HEADER_SIZE)
+        if status == STREAM_OK and self.packet.normal_pages and self.zero_copy is None:
+            status = self.put_pages(batch)
+        if status == STREAM_OK:
+            status = self.out.flush_pending()
+        if status != STREAM_OK or self.zero_copy is None:
+            return status
+        return self.zero_copy.flush() if batch.is_sync else self.send_uncopied(batch)
+
+    cdef int send_uncopied(self, const Batch *batch) noexcept nogil:
+        """Send the data of the packet, whose header has left, from where it lies."""
+        cdef uint32_t index
+        cdef int count = 0
+        cdef const uint8_t *page
+        for index in range(self.packet.normal_pages):
+            page = batch.host + self.packet.offset[index]
+            if count and <const uint8_t *> self.pages[count - 1].iov_base + self.pages[count - 1].iov_len == page:
+                self.pages[count - 1].iov_len += TARGET_PAGE_SIZE
+                continue
+            self.pages[count].iov_base = <void *> page
+            self.pages[count].iov_len = TARGET_PAGE_SIZE
+            count += 1
+        self.out.offset += self.packet.data_size
+        return self.zero_copy.send(self.pages, count)
 
     cdef void sort_pages(self, const Batch *batch) noexcept nogil:
         """The offsets of the batch into the packet: normal pages first, zero pages behind them."""
@@ -375,6 +407,8 @@ cdef class Sender:
                     f"multifd channel {self.channel_id}: a packet cannot be compressed: {self.compressor.failure()}",
                     channel=self.out.channel.name,
                 )
+            if self.zero_copy is not None and self.zero_copy.error:
+                self.zero_copy.raise_on(self.stream_status)
             self.out.raise_on(self.stream_status)
         except MigrationError as error:
             self.dispatch.fail(error)

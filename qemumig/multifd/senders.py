@@ -18,6 +18,7 @@ from ..wire.stream import OutputStream
 from .methods import method_of
 from .packet import encode_init
 from .send import Dispatch, Sender
+from .zerocopy import ZeroCopy
 
 NO_UUID = bytes(16)
 
@@ -30,6 +31,7 @@ class Senders:
         self._method = method_of(options)
         self._level: int = options.parameter(self._method.level) if self._method is not None else 0
         self._detects_zero = detects_zero
+        self._zero_copy: bool = options.capability("zero-copy-send")
         self._announces_end = options.migration_property("multifd-clean-tls-termination")
         self._channels: list[Channel] = []
         self._senders: list[Sender] = []
@@ -50,6 +52,8 @@ class Senders:
             sender = Sender(number, out, self.dispatch, detects_zero=self._detects_zero)
             if self._method is not None:
                 sender.compress_with(self._method.flag, self._method.compressor(self._level))
+            if self._zero_copy:
+                sender.send_uncopied_by(ZeroCopy(channel))
             self._senders.append(sender)
             self._threads.append(start_thread(f"mig/src/send_{number}", sender.run))
 
@@ -70,6 +74,11 @@ class Senders:
     @property
     def zero_pages(self) -> int:
         return sum(sender.zero_pages for sender in self._senders)
+
+    @property
+    def missed_zero_copy(self) -> int:
+        """Sync points of a channel before which the kernel had copied everything, although it was asked not to."""
+        return sum(sender.missed_zero_copy for sender in self._senders)
 
     @property
     def waiting_pages(self) -> int:

@@ -101,6 +101,11 @@ class RamSource:
         return 0
 
     @property
+    def missed_zero_copy(self) -> int:
+        """Sync points before which the kernel had copied what it was asked not to copy."""
+        return 0
+
+    @property
     def sent_pages(self) -> int:
         """Pages dealt with: sent in one form or another, or found to be at the destination already."""
         return self.sender.handled_pages

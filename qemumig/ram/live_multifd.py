@@ -71,6 +71,10 @@ class MultifdRamSource(RamSource):
     def multifd_bytes(self) -> int:
         return self._senders.sent_bytes
 
+    @property
+    def missed_zero_copy(self) -> int:
+        return self._senders.missed_zero_copy
+
     def write_rest(self) -> None:
         super().write_rest()
         self._senders.dispatch.drain()  # nothing may be in doubt when the devices follow

@@ -79,7 +79,7 @@ def _ram(attempt: Attempt, status: MigrationStatus, total_s: float) -> dict[str,
         "postcopy-bytes": attempt.postcopy_bytes,
         "postcopy-requests": attempt.postcopy_requests,
         "multifd-bytes": ram.multifd_bytes,
-        "dirty-sync-missed-zero-copy": 0,
+        "dirty-sync-missed-zero-copy": ram.missed_zero_copy,
     }
 
 

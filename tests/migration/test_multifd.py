@@ -59,6 +59,16 @@ def test_memory_is_equal_when_the_guest_stands_still() -> None:
         assert pair.destination.digests() == pair.source.digests()
 
 
+def test_pages_are_taken_from_where_they_lie() -> None:
+    with multifd_pair(capabilities={"zero-copy-send": True}) as pair:
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        pair.assert_guest_at("destination")
+        ram = pair.migration.query()["ram"]
+        assert ram["multifd-bytes"] > ram["normal-bytes"] > 100 * 4096
+        assert ram["dirty-sync-missed-zero-copy"] >= CHANNELS  # the loopback device copies
+
+
 def test_enciphered_channels(tmp_path: Path) -> None:
     with multifd_pair(tls=x509_directory(tmp_path / "x509")) as pair:
         pair.migrate()
@@ -97,7 +107,9 @@ def test_any_channel_that_breaks_leaves_the_guest_at_the_source(seed: int) -> No
         after = chance.randrange(1, 400)  # there is not much more on the main one
     method = chance.choice(("none", "zlib", "zstd"))
     with multifd_pair(
-        Fault(channel, after, chance.choice(("reset", "end"))), parameters={"multifd-compression": method}
+        Fault(channel, after, chance.choice(("reset", "end"))),
+        capabilities={"zero-copy-send": method == "none"},
+        parameters={"multifd-compression": method},
     ) as pair:
         pair.start()
         if settled(pair) == "completed":  # the other channels had taken nearly everything
@@ -107,9 +119,10 @@ def test_any_channel_that_breaks_leaves_the_guest_at_the_source(seed: int) -> No
         pair.assert_guest_at("source")
 
 
-@pytest.mark.parametrize("channel", [0, 1, 3])
-def test_a_cancel_ends_a_migration_whose_channel_stalls(channel: int) -> None:
-    with multifd_pair(Fault(channel, 3000 if channel else 300, "stall")) as pair:
+@pytest.mark.parametrize(("channel", "zero_copy"), [(0, False), (1, False), (3, False), (1, True)])
+def test_a_cancel_ends_a_migration_whose_channel_stalls(channel: int, zero_copy: bool) -> None:
+    fault = Fault(channel, 3000 if channel else 300, "stall")
+    with multifd_pair(fault, capabilities={"zero-copy-send": zero_copy}) as pair:
         pair.start()
         assert pair.link.struck.wait(20)  # type: ignore[attr-defined]
         pair.migration.cancel()
@@ -124,7 +137,7 @@ def test_a_cancel_ends_a_migration_whose_channel_stalls(channel: int) -> None:
 def test_a_cancel_at_any_moment_leaves_the_guest_at_the_source(seed: int) -> None:
     chance = random.Random(seed)
     limit = chance.choice((0, 8 << 20, 64 << 20))
-    with multifd_pair(parameters={"max-bandwidth": limit}) as pair:
+    with multifd_pair(capabilities={"zero-copy-send": bool(seed % 2)}, parameters={"max-bandwidth": limit}) as pair:
         pair.start()
         threading.Event().wait(chance.random() * 0.08)  # the moment is the point
         pair.migration.cancel()
