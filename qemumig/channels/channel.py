@@ -148,6 +148,12 @@ class Channel:
         other way round.
         """
 
+    def keep_short(self) -> None:
+        """Expect that somebody waits for bytes that are under way, behind all that were sent before (postcopy).
+
+        The kernel then takes no more than what keeps the way busy; on one host that is next to nothing.
+        """
+
     def close(self) -> None:
         """Give the descriptors back."""
         for fd in {self.read_fd, self.write_fd} - {-1}:
@@ -156,7 +162,7 @@ class Channel:
 
 
 # Fits the processor's second-level cache, so that a receiver that runs next on the same core finds the bytes there.
-IN_CACHE_SEND_BUFFER = 384 * 1024
+IN_CACHE_BUFFER = 384 * 1024
 
 
 def _is_on_one_host(sock: socket.socket) -> bool:
@@ -178,7 +184,16 @@ class SocketChannel(Channel):
 
     def share_core(self) -> None:
         if self._socket.family in (socket.AF_INET, socket.AF_INET6) and _is_on_one_host(self._socket):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, IN_CACHE_SEND_BUFFER)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, IN_CACHE_BUFFER)
+
+    def keep_short(self) -> None:
+        sock = self._socket
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, IN_CACHE_BUFFER)
+        if _is_on_one_host(sock):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, IN_CACHE_BUFFER)
 
     def _shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError):  # the peer was faster: there is nothing left to end

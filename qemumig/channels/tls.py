@@ -59,6 +59,9 @@ class TlsChannel(Channel):
     def share_core(self) -> None:
         self._inner.share_core()
 
+    def keep_short(self) -> None:
+        self._inner.keep_short()
+
     def shutdown(self) -> None:
         self._inner.shutdown()
 

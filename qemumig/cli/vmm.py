@@ -238,7 +238,7 @@ class Vmm:
     def guest_status(self) -> list[GuestStatus]:
         """The status blocks of all vCPUs, read from guest memory."""
         data = bytearray()
-        self._save_memory(STATUS_ADDRESS, STATUS_SIZE * self.shape.cpus, data.extend)
+        self.save_memory(STATUS_ADDRESS, STATUS_SIZE * self.shape.cpus, data.extend)
         return parse_status(bytes(data), self.shape.cpus)
 
     def memory_digest(self) -> str:
@@ -249,12 +249,12 @@ class Vmm:
         digest = hashlib.sha256()
         for address, size in self.shape.ranges():
             if address <= CLOCK_PAGE < address + size:
-                self._save_memory(address, CLOCK_PAGE - address, digest.update)
+                self.save_memory(address, CLOCK_PAGE - address, digest.update)
                 address, size = CLOCK_PAGE + PAGE_SIZE, size - (CLOCK_PAGE - address) - PAGE_SIZE
-            self._save_memory(address, size, digest.update)
+            self.save_memory(address, size, digest.update)
         return digest.hexdigest()
 
-    def _save_memory(self, address: int, size: int, consume: Callable[[memoryview], Any]) -> None:
+    def save_memory(self, address: int, size: int, consume: Callable[[memoryview], Any]) -> None:
         """Let the VMM write guest memory into a FIFO, and hand the bytes on piece by piece."""
         fifo = self.directory / f"{self.name}.memory"
         os.mkfifo(fifo)

@@ -297,6 +297,7 @@ class PostcopyDestination:
     def _use(self, stream: InputStream, loader: StreamLoader) -> None:
         """Read *stream* from now on, as one that *loader* has begun."""
         assert self._memory is not None
+        stream.channel.keep_short()
         self._receiver = PageReceiver(stream, self._memory)
         self._rest = loader.for_postcopy(stream, self._receiver)
 

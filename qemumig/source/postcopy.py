@@ -264,6 +264,8 @@ class PostcopyAttempt(Attempt):
     def _serve(self) -> None:
         """PARTs, until everything was sent."""
         assert self.out is not None and self.server is not None
+        if (channel := self._channel) is not None:
+            channel.keep_short()
         self.pacer.restart(self.out.offset, self.server.normal_pages)
         done = False
         while not done:

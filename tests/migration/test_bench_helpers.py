@@ -16,7 +16,7 @@ from qemumig.cli.interrupts import Interrupts
 from tests.support.host import qemumig_system, qemus
 from tests.support.vmm import MIB, Stage, wait_until
 from tools.benchlib import __main__ as bench
-from tools.benchlib import baresocket
+from tools.benchlib import baresocket, faults, toucher
 from tools.benchlib.measure import Bench, Contestant, Run, summary
 from tools.benchlib.plot import svg
 from tools.benchlib.process import cpu_seconds, forget_peak, guest_resident, peak_overhead
@@ -43,6 +43,26 @@ def test_ratios_are_against_the_best_qemu_and_the_bare_socket() -> None:
     assert results["QEMU 2"]["share_of_bare_socket"] == 0.6
     assert results[BARE]["ratio_to_best_qemu"] is None
     assert "1.50" in table("title", results)
+
+
+def test_the_longest_touches_are_the_waits() -> None:
+    """16 buckets an octave from 1024 cycles on: bucket 16 begins at 2048, bucket 32 at 4096."""
+    buckets = [0] * toucher.BUCKETS
+    buckets[2], buckets[16], buckets[32] = 1000, 60, 40
+    waits = toucher.longest(buckets, 90)
+    assert (waits[2], waits[16], waits[32]) == (0, 50, 40)
+    assert 2048 <= toucher.percentile(waits, 0.5) < 2048 * 17 / 16
+    assert 4096 <= toucher.percentile(waits, 0.99) < 4096 * 17 / 16
+
+
+@pytest.mark.needs("kvm", "userfaultfd")
+def test_page_faults_are_measured_and_no_touch_is_lost() -> None:
+    with Interrupts() as interrupts:
+        results = faults.measure([Contestant("qemumig", qemumig_system())], 32 * MIB, 1, interrupts)
+    (run,) = results["qemumig"]["runs"]
+    assert run["requests"] == 0 or 0 < run["median_us"] <= run["p99_us"]
+    assert run["all_there_ms"] > 0
+    assert "qemumig" in faults.table(results, "qemumig")
 
 
 def found() -> dict[str, Any]:

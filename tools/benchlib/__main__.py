@@ -24,6 +24,7 @@ from qemumig.cli.demo import DemoError, default_system, memory_size
 from qemumig.cli.interrupts import Interrupted, Interrupts
 from qemumig.cli.vmm import LOW_MEMORY_END, VmmError
 
+from . import faults
 from .baresocket import BATCH
 from .measure import Bench, Contestant, Lacks, Run, summary
 from .plot import svg
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     add("--no-system", action="store_true", help="measure only the others")
     add("--qemu", action="append", metavar="COMMAND", help="a QEMU, repeatable ($QEMU_SYSTEM_X86_64, then PATH)")
     add("--workload", action="append", choices=[w.name for w in WORKLOADS], help=f"repeatable; there are {names}")
+    add("--faults", action="store_true", help="measure page faults of postcopy instead of a workload")
     add("--memory", type=memory_size, default="1G", metavar="SIZE", help="guest memory, at most 3G (default 1G)")
     add("--cpus", type=int, default=1, metavar="N", help="virtual CPUs (default 1)")
     add("--repeat", type=int, default=5, metavar="N", help="runs of each contestant and workload (default 5)")
@@ -161,12 +163,29 @@ def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
 def main() -> int:
     args = arguments()
     try:
+        if args.faults:
+            return measure_faults(args)
         if args.former is None:
             return measure(args)
         keep(args, former_run(args.former))
     except (DemoError, VmmError, OSError) as error:
         print(f"tools/bench: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def measure_faults(args: argparse.Namespace) -> int:
+    """What the guest waits for in postcopy; the exit status."""
+    found: dict[str, Any] = {"host": host(), "memory": args.memory, "repeat": args.repeat}
+    with Interrupts() as interrupts:
+        try:
+            found["faults"] = faults.measure(contestants(args), args.memory, args.repeat, interrupts)
+        except Interrupted as error:
+            print(f"tools/bench: interrupted by {error}", file=sys.stderr)
+            return 128 + error.signum
+    print(faults.table(found["faults"], OURS), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

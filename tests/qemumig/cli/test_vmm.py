@@ -59,7 +59,7 @@ def test_guest_memory_is_read_whole(stage: Stage, qemu: str) -> None:
     source = stage.vmm("source", qemu)
     source.command("stop")
     found = bytearray()
-    source._save_memory(0, source.shape.memory, found.extend)
+    source.save_memory(0, source.shape.memory, found.extend)
     assert len(found) == source.shape.memory
     assert int.from_bytes(found[STATUS_ADDRESS : STATUS_ADDRESS + 8], "little") == source.guest_status()[0].passes
     assert source.memory_digest() == source.memory_digest()
