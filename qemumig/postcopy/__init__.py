@@ -6,8 +6,8 @@
     answers     Answers: the return path, written by several threads
     blocktime   who waited for pages, and for how long
     discard     memory given back, so that touching it faults
-    serve       the source: pages asked for first, else the walk; requests as they come off the return path
-    recovery    the pages that have arrived, told to the source after the link broke
+    serve       the source: pages asked for first, else the walk; what the destination has, after the link broke
+    requests    page requests as they come off the return path
 
        vCPU touches a page ─▶ userfaultfd ─▶ FaultServer ─▶ Answers ═══ REQ_PAGES ═══▶ RequestReader ─▶ PageServer
        vCPU goes on  ◀─ UFFDIO_COPY ◀─ PageReceiver ◀══════ page, at once ═════════════════════════════════┘

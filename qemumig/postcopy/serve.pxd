@@ -4,12 +4,21 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from ..ram.dirty cimport DirtyPages
 from ..ram.search cimport Walk
-from ..wire.stream cimport InputStream, OutputStream
+from ..wire.stream cimport OutputStream
 from .mutex cimport pthread_mutex_t
 from .uffd cimport Userfaultfd
 
 cdef enum:
     RELEASE_LIMIT = 256           # host pages sent and not yet released
+
+cdef enum RequestStatus:
+    REQUEST_TAKEN = 0
+    REQUEST_OTHER = 1             # another message waits, or the end of the stream
+    REQUEST_STREAM = 2            # the return path failed
+    REQUEST_NO_BLOCK = 3          # a short request before any that names a block
+    REQUEST_BAD_NAME = 4
+    REQUEST_BAD_RANGE = 5
+    REQUEST_SEND = 6              # the channel of urgent pages failed
 
 cdef struct HostPage:
     int block
@@ -47,9 +56,7 @@ cdef class PageServer:
     cdef uint64_t ring_size, ring_first, ring_count
     cdef HostPage jump                # under the lock: the last urgent page, block −1 for none: the walk goes on behind it
     cdef Walk walk                    # the migration thread's
-    cdef int last_requested           # the return path's: the block that a short request means; −1: none yet
-    cdef uint64_t bad_start, bad_length
-    cdef int stream_status
+    cdef int stream_status            # of the main channel
     cdef int urgent_status
     cdef readonly uint64_t requests   # messages
     cdef readonly uint64_t zero_pages
@@ -66,6 +73,4 @@ cdef class PageServer:
     cdef int find_address(self, uint64_t address) noexcept nogil
     cdef void count(self, uint64_t zeroes, uint64_t normals) noexcept nogil
     cdef int serve_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil
-    cdef int find_name(self, const uint8_t *name, size_t length) noexcept nogil
-    cdef refuse_request(self, int status, int block, InputStream stream)
     cdef int put_discard(self, int block) noexcept nogil

@@ -1,5 +1,5 @@
 from ..ram.dirty import DirtyPages
-from ..wire.stream import InputStream, OutputStream
+from ..wire.stream import OutputStream
 from .uffd import Userfaultfd
 
 class Lane:
@@ -48,9 +48,3 @@ class PageServer:
         """
     def forget_requests(self) -> None:
         """The connection is lost: the destination will ask again for what it still needs."""
-    def read_requests(self, stream: InputStream) -> None:
-        """Take page requests off *stream*, until another message waits there, or its end.
-
-        Raises StreamError for a request that is refused, ChannelError when the return path breaks, or the channel of
-        urgent pages.
-        """

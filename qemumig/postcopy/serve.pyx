@@ -1,21 +1,21 @@
 """PageServer: the source's pages while the guest runs at the destination (postcopy.md §2, §7).
 
-    return path ─ REQ_PAGES ─▶ read_requests ─┬─ preempt: sent at once, on the channel of urgent pages
-                                              └─ else: queue ─▶ serve: requests first, then the walk, from there on
+    RequestReader ─▶ request ─┬─ preempt: sent at once, on the channel of urgent pages
+                              └─ else: queue ─▶ serve: requests first, then the walk, from there on
 
 A host page leaves once.  Whoever clears its bits, under the lock, sends all of it, on one channel, in one piece: a request
 for a page that is clean, or just being sent, needs no answer.  The guest stands still here, so pages are read as they are.
 
 Threads   the migration thread serves; `mig/src/return` takes requests and, with a channel of urgent pages, sends those;
           no GIL inside.
-Holds     (1) no range of a peer is used before it was checked
+Holds     (1) no range of a peer is used before `request` has checked it
           (2) a page waits in the queue at most once, so the queue is never longer than guest memory
           (3) once `begin_release` was called, a page is given back when its bytes have left, never before
 """
 
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcpy
 
 from ..encode.zero cimport is_zero
 from ..ram.bitmap cimport Bitmap, clear_bit, find_next_set, set_bit, test_bit
@@ -24,24 +24,13 @@ from ..ram.dirty cimport DirtyPages, PageBlock
 from ..ram.search cimport next_dirty_page
 from ..wire.format cimport (
     MIG_CMD_POSTCOPY_RAM_DISCARD,
-    MIG_RP_MSG_REQ_PAGES,
-    MIG_RP_MSG_REQ_PAGES_ID,
     QEMU_VM_COMMAND,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_PAGE,
     RAM_SAVE_FLAG_ZERO,
     TARGET_PAGE_SIZE,
 )
-from ..wire.stream cimport (
-    STREAM_FAILED,
-    STREAM_OK,
-    InputStream,
-    OutputStream,
-    get_be16,
-    get_be32,
-    get_be64,
-    put_be64,
-)
+from ..wire.stream cimport STREAM_OK, OutputStream, put_be64
 from .uffd cimport FaultMessage, Userfaultfd
 from .mutex cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -63,21 +52,10 @@ cdef enum ServeStatus:
     SERVE_CLEAN = 1               # no dirty page is left
     SERVE_FAILED = 2              # the stream has an error
 
-cdef enum RequestStatus:
-    REQUEST_TAKEN = 0
-    REQUEST_OTHER = 1             # another message waits, or the end of the stream
-    REQUEST_STREAM = 2            # the return path failed
-    REQUEST_NO_BLOCK = 3          # a short request before any that names a block
-    REQUEST_BAD_NAME = 4
-    REQUEST_BAD_RANGE = 5
-    REQUEST_SEND = 6              # the channel of urgent pages failed
-
 cdef enum:
     FLUSH_BYTES = 0x10000         # 64 KiB: what an urgent page may have to wait behind
     DISCARD_RANGES = 12           # in one command
-    MESSAGE_HEAD = 4
     FAULTS_AT_A_TIME = 32
-    RANGE = 12
 
 
 cdef class Lane:
@@ -99,7 +77,6 @@ cdef class PageServer:
         cdef int index
         self.wake_fd = -1
         self.dirty = dirty
-        self.last_requested = -1
         self.jump.block = -1
         self.queued = []
         self.clean = []
@@ -391,7 +368,6 @@ cdef class PageServer:
         """Send to *out* from now on, urgent pages to *urgent* if there is one; nothing was sent on either before."""
         self.main = Lane(out)
         self.urgent = None if urgent is None else Lane(urgent, True)
-        self.last_requested = -1
 
     def serve(self, uint64_t byte_limit, uint64_t page_limit) -> bool:
         """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
@@ -544,78 +520,3 @@ cdef class PageServer:
             bitmap.clear_all()
         eventfd_read(self.wake_fd, &told)
         pthread_mutex_unlock(&self.lock)
-
-    # ---- the door of the return path ----
-
-    def read_requests(self, InputStream stream not None) -> None:
-        """Take page requests off *stream*, until another message waits there, or its end."""
-        cdef int status = REQUEST_TAKEN, block = -1
-        cdef size_t length, name_length
-        cdef const uint8_t *message
-        cdef unsigned int kind
-        with nogil:
-            while status == REQUEST_TAKEN:
-                self.stream_status = stream.ensure(MESSAGE_HEAD)
-                if self.stream_status != STREAM_OK:
-                    status = REQUEST_STREAM if self.stream_status == STREAM_FAILED else REQUEST_OTHER
-                    break
-                message = stream.buffer + stream.position
-                kind = get_be16(message)
-                length = get_be16(message + 2)
-                if not (
-                    (kind == MIG_RP_MSG_REQ_PAGES and length == RANGE)
-                    or (kind == MIG_RP_MSG_REQ_PAGES_ID and RANGE + 1 < length <= RANGE + 1 + 255)
-                ):
-                    status = REQUEST_OTHER
-                    break
-                self.stream_status = stream.ensure(MESSAGE_HEAD + length)
-                if self.stream_status != STREAM_OK:
-                    status = REQUEST_STREAM if self.stream_status == STREAM_FAILED else REQUEST_OTHER
-                    break
-                message = stream.buffer + stream.position
-                if kind == MIG_RP_MSG_REQ_PAGES_ID:
-                    name_length = message[MESSAGE_HEAD + RANGE]
-                    if RANGE + 1 + name_length != length:
-                        status = REQUEST_OTHER
-                        break
-                    block = self.find_name(message + MESSAGE_HEAD + RANGE, 1 + name_length)
-                    self.last_requested = block
-                else:
-                    block = self.last_requested
-                self.bad_start = get_be64(message + MESSAGE_HEAD)
-                self.bad_length = get_be32(message + MESSAGE_HEAD + 8)
-                if block >= 0:
-                    status = self.request(block, self.bad_start, self.bad_length)
-                else:
-                    status = REQUEST_BAD_NAME if kind == MIG_RP_MSG_REQ_PAGES_ID else REQUEST_NO_BLOCK
-                if status == REQUEST_TAKEN:
-                    stream.position += MESSAGE_HEAD + length
-        if status == REQUEST_STREAM:
-            stream.raise_on(self.stream_status, "a page request")
-        elif status != REQUEST_OTHER:
-            self.refuse_request(status, block, stream)
-
-    cdef int find_name(self, const uint8_t *name, size_t length) noexcept nogil:
-        """The block with that counted string for a name, −1 for none."""
-        cdef int index
-        for index in range(self.dirty.block_count):
-            if self.blocks[index].name_length == length and not memcmp(self.blocks[index].name, name, length):
-                return index
-        return -1
-
-    cdef refuse_request(self, int status, int block, InputStream stream):
-        place = stream.offset
-        if status == REQUEST_SEND:
-            self.urgent.out.raise_on(self.urgent_status)
-        what = f"page request at offset {place:#x} of the return path"
-        if status == REQUEST_NO_BLOCK:
-            raise StreamError(f"{what}: it means the block of the request before, there is none", offset=place)
-        if status == REQUEST_BAD_NAME:
-            known = ", ".join(f"'{one.idstr}'" for one in self.dirty.blocks)
-            raise StreamError(f"{what}: of a block that does not exist here, this machine has {known}", offset=place)
-        one = self.dirty.blocks[block]
-        raise StreamError(
-            f"{what}: {self.bad_length:#x} bytes at {self.bad_start:#x} of block '{one.idstr}', expected whole host pages "
-            f"of {one.page_size:#x} bytes below {one.used_length:#x}",
-            offset=place,
-        )

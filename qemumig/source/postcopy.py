@@ -27,6 +27,7 @@ from typing import Any
 
 from ..channels.channel import Channel
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError, StreamError
+from ..postcopy.requests import RequestReader
 from ..postcopy.serve import PageServer
 from ..qapi import MigrationStatus, RunState
 from ..ram.live_multifd import MultifdRamSource
@@ -61,6 +62,7 @@ class PostcopyAttempt(Attempt):
         self._open_another = open_another
         self._wants = False  # set by `start_postcopy`, once
         self.server: PageServer | None = None
+        self._requests: RequestReader | None = None  # the return path's own
         self._urgent: OutputStream | None = None
         self._urgent_channel: Channel | None = None
         self._earlier_bytes = 0  # on connections that are lost, without the first
@@ -421,8 +423,10 @@ class PostcopyAttempt(Attempt):
     # ---- `mig/src/return`: what the destination says (return_path.Talk) ----
 
     def read_requests(self, stream: InputStream) -> None:
-        assert self.server is not None
-        self.server.read_requests(stream)
+        if self._requests is None or self._requests.stream is not stream:  # another connection
+            assert self.server is not None
+            self._requests = RequestReader(self.server, stream)
+        self._requests.read()
 
     def take_pong(self, value: int) -> None:
         if value != PING_TAKEN:

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from qemumig.errors import StreamError
+from qemumig.postcopy.requests import RequestReader
 from qemumig.postcopy.serve import PageServer
 from qemumig.ram.dirty import DirtyPages
 from qemumig.wire.stream import InputStream, OutputStream
@@ -26,7 +27,7 @@ class Source:
             self.memory.write(page * PAGE, bytes([page]) * PAGE)
         self.server = PageServer(DirtyPages([self.memory.block], QuietLog()))
         self.server.connect(OutputStream(main), OutputStream(urgent) if urgent else None)
-        self.back = InputStream(back)
+        self.requests = RequestReader(self.server, InputStream(back))
 
 
 def request(start: int, length: int = PAGE, name: str | None = "ram") -> bytes:
@@ -61,7 +62,7 @@ def test_what_is_asked_for_goes_first_and_the_walk_goes_on_from_there() -> None:
         asker._socket.sendall(
             request(20 * PAGE) + request(7 * PAGE, name=None) + request(20 * PAGE, name=None) + b"\0\2\0\4"
         )
-        source.server.read_requests(source.back)
+        source.requests.read()
         assert source.server.requests == 3
         source.server.serve(4 * PAGE, 100)
         assert pages_in(drain(far))[:4] == [20, 7, 8, 9]
@@ -73,7 +74,7 @@ def test_every_page_leaves_once_whatever_is_asked_for() -> None:
     with channel_pair() as (main, far), channel_pair() as (back, asker), channel_pair() as (urgent, urgent_far):
         source = Source(main, back, urgent)
         asker._socket.sendall(request(3 * PAGE, 2 * PAGE) + request(3 * PAGE) + b"\0\2\0\4")
-        source.server.read_requests(source.back)
+        source.requests.read()
         urgent_pages = pages_in(drain(urgent_far))
         assert urgent_pages == [3, 4]
         assert source.server.serve(1 << 30, 1 << 20)
@@ -97,7 +98,7 @@ def test_a_request_for_what_is_not_there_is_refused(message: bytes, text: str) -
         source = Source(main, back)
         asker._socket.sendall(message)
         with pytest.raises(StreamError, match=text):
-            source.server.read_requests(source.back)
+            source.requests.read()
         assert source.server.dirty.remaining == PAGES
 
 
