@@ -58,6 +58,24 @@ def test_random_migration_is_made_of_its_seed_and_its_guest_fits(seed: int) -> N
     assert trial.guest.dirty_pages >= trial.guest.cpus
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_random_multifd_asks_no_version_for_what_it_lacks(seed: int) -> None:
+    made = random_trial(seed, OURS, [OLD, NEW], multifd=True)
+    assert str(made) == str(random_trial(seed, OURS, [OLD, NEW], multifd=True))
+    trial, multifd = made.trial, made.trial.multifd
+    assert multifd is not None and trial.transport in ("tcp", "unix")
+    assert 1 <= multifd.channels <= 16
+    if trial.source is OLD:
+        assert not multifd.detection and not multifd.each_section
+    if trial.destination is OLD:
+        assert multifd.each_section and multifd.detection != "multifd"
+    ends = ((trial.source, True), (trial.destination, False))
+    told = {peer.name for peer, is_source in ends if multifd.options(peer, is_source=is_source)}
+    knows_both = {"10.0", *(("qemumig",) if trial.source is OURS else ())} & {trial.source.name, trial.destination.name}
+    assert told == (knows_both if multifd.each_section else set())
+    assert not multifd.zero_copy or (multifd.method == "none" and trial.transport == "tcp")
+
+
 def cells() -> list[Cell]:
     to_old, to_new = Column(OURS, OLD), Column(OURS, NEW)
     return [

@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     add("--hops", type=int, metavar="N", help="instead: one guest, N hops qemumig → QEMU → qemumig …")
     add("--random", type=int, metavar="N", help="instead: N migrations, each with a machine and a guest of its own")
     add("--seed", type=int, default=0, metavar="S", help="of --random; migration I is the first of seed S + I")
+    add("--multifd", action="store_true", help="with --random: all by multifd, with options by chance")
     add("--downtime-limit", type=int, default=300, metavar="MS", help="the same for all (default 300)")
     add("--timeout", type=float, default=120, metavar="S", help="give a migration up after that long (default 120)")
     output = parser.add_mutually_exclusive_group()
@@ -50,6 +51,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if any(number is not None and number < 1 for number in (args.hops, args.random)) or args.timeout <= 0:
         parser.error("--hops, --random and --timeout must be above 0")
+    if args.multifd and not args.random:
+        parser.error("--multifd goes with --random")
     if args.downtime_limit < 0 or args.seed < 0:
         parser.error("--downtime-limit and --seed must not be negative")
     return args
@@ -68,7 +71,8 @@ def run(args: argparse.Namespace, rules: Rules) -> dict[str, Any]:
         run_hops(rules, system, qemus, args.hops, say)
         return found | {"ok": True, "hops": args.hops}
     if args.random:
-        trials = [random_trial(args.seed + number, system, qemus) for number in range(args.random)]
+        seeds = range(args.seed, args.seed + args.random)
+        trials = [random_trial(seed, system, qemus, multifd=args.multifd) for seed in seeds]
         failures = run_random(rules, trials, say)
         return found | {"ok": not failures, "migrations": len(trials), "seed": args.seed, "failures": failures}
     cells = matrix(args, rules, system, qemus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM, FILL_RANDOM, PAGE_SIZE, GuestParameters
@@ -12,6 +12,8 @@ from qemumig.cli.vmm import VmmError
 
 from .guests import BASE, CHECKING, MIB, guest
 from .matrix import plural, size
+from .multifd import WAYS as MULTIFD_WAYS
+from .multifd import random_multifd
 from .peers import Peer, options
 from .transports import WAYS
 from .trial import Rules, Stage, Trial, hop
@@ -60,18 +62,23 @@ class RandomTrial:
             f"seed {self.seed}: {trial.source.name} → {trial.destination.name} by {trial.transport}, "
             f"{plural(parameters.cpus)}, {size(trial.memory)}, {parameters.dirty_pages} pages rewritten from "
             f"{parameters.dirty_base:#x} on with {parameters.spin} loops between, {parameters.fill_pages} filled"
-            f"{', held on arrival' if trial.held else ''}"
+            f"{', held on arrival' if trial.held else ''}{f', {trial.multifd}' if trial.multifd else ''}"
         )
 
 
-def random_trial(seed: int, system: Peer, qemus: Sequence[Peer]) -> RandomTrial:
-    """Even seeds go to a QEMU, odd ones come from it; everything else is chance."""
+def random_trial(seed: int, system: Peer, qemus: Sequence[Peer], *, multifd: bool = False) -> RandomTrial:
+    """Even seeds go to a QEMU, odd ones come from it; everything else is chance.  *multifd*: so, on many connections."""
     chance = random.Random(seed)
     qemu = chance.choice(qemus)
     source, destination = (qemu, system) if seed % 2 else (system, qemu)
-    transport = chance.choice([way for way in WAYS if source.has(way) and destination.has(way)])
+    ways = MULTIFD_WAYS if multifd else WAYS
+    transport = chance.choice([way for way in ways if source.has(way) and destination.has(way)])
     memory = chance.randrange(96 * MIB, 768 * MIB, PAGE_SIZE)
-    return RandomTrial(seed, Trial(source, destination, transport, memory, _guest(chance, memory), chance.random() < 0.5))
+    trial = Trial(source, destination, transport, memory, _guest(chance, memory), chance.random() < 0.5)
+    if multifd:
+        chosen = random_multifd(chance, source, destination, transport)
+        trial = replace(trial, multifd=chosen, guest=chosen.limit(trial.guest))
+    return RandomTrial(seed, trial)
 
 
 def _guest(chance: random.Random, memory: int) -> GuestParameters:

@@ -19,6 +19,7 @@ from qemumig.cli.guest import COLD_START, FAILURES, GuestParameters, failures_in
 from qemumig.cli.interrupts import Interrupts
 from qemumig.cli.vmm import MachineShape, MigrationOutcome, Vmm, VmmError
 
+from .multifd import Multifd
 from .peers import Peer, options
 from .transports import WAYS
 
@@ -87,13 +88,20 @@ class Trial:
     memory: int
     guest: GuestParameters
     held: bool = False
+    multifd: Multifd | None = None
 
     def run(self, rules: Rules) -> MigrationOutcome:
         """Do it and prove it; VmmError says in one sentence what went wrong."""
         extra = options(self.source, self.destination)
+        here, there = extra.source, extra.destination
+        if self.multifd is not None:
+            here += f" {self.multifd.options(self.source, is_source=True)}"
+            there += f" {self.multifd.options(self.destination, is_source=False)}"
         with Stage(rules, self.guest, self.memory) as stage:
-            source = stage.source(self.source, extra.source)
-            destination = stage.destination(self.destination, extra.destination, held=self.held)
+            source = stage.source(self.source, here)
+            destination = stage.destination(self.destination, there, held=self.held)
+            if self.multifd is not None:
+                self.multifd.prepare(source, destination)
             return hop(source, destination, self.transport, rules.timeout, held=self.held)
 
 
