@@ -166,6 +166,9 @@ migration_resume_guest = TRACE.event("migration_resume_guest", "runstate {}")
 migration_thread_after_loop = TRACE.event("migration_thread_after_loop")
 migration_cleanup = TRACE.event("migration_cleanup")
 
+migration_throttle = TRACE.event("migration_throttle")
+cpu_throttle_set = TRACE.event("cpu_throttle_set", "set guest CPU throttled by {}%")
+
 # ---- source: the stream ----
 
 savevm_state_header = TRACE.event("savevm_state_header")
@@ -184,6 +187,36 @@ source_return_path_thread_shut = TRACE.event("source_return_path_thread_shut", "
 source_return_path_thread_end = TRACE.event("source_return_path_thread_end")
 source_return_path_thread_bad_end = TRACE.event("source_return_path_thread_bad_end", "{}")
 
+# ---- source: multifd ----
+
+multifd_new_send_channel_async = TRACE.event("multifd_new_send_channel_async", "channel {}")
+multifd_send_thread_start = TRACE.event("multifd_send_thread_start", "{}")
+multifd_send_section_end = TRACE.event("multifd_send_section_end", "pages {}")
+multifd_send_terminate_threads = TRACE.event("multifd_send_terminate_threads")
+multifd_send_thread_end = TRACE.event("multifd_send_thread_end", "channel {} normal pages {} zero pages {}")
+
+# ---- source: postcopy ----
+
+qemu_savevm_send_postcopy_advise = TRACE.event("qemu_savevm_send_postcopy_advise")
+postcopy_start = TRACE.event("postcopy_start")
+ram_postcopy_send_discard_bitmap = TRACE.event("ram_postcopy_send_discard_bitmap")
+savevm_send_postcopy_listen = TRACE.event("savevm_send_postcopy_listen")
+savevm_send_postcopy_run = TRACE.event("savevm_send_postcopy_run")
+postcopy_preempt_new_channel = TRACE.event("postcopy_preempt_new_channel")
+source_return_path_thread_postcopy_package_loaded = TRACE.event("source_return_path_thread_postcopy_package_loaded")
+postcopy_pause = TRACE.event("postcopy_pause", "{}")
+postcopy_pause_continued = TRACE.event("postcopy_pause_continued")
+savevm_send_postcopy_resume = TRACE.event("savevm_send_postcopy_resume")
+migration_completion_postcopy_end = TRACE.event("migration_completion_postcopy_end")
+migration_completion_postcopy_end_after_complete = TRACE.event("migration_completion_postcopy_end_after_complete")
+
+# ---- mapped-ram, both sides ----
+
+mapped_ram_save_block = TRACE.event("mapped_ram_save_block", "{}: bitmap at {:#x} pages at {:#x}")
+mapped_ram_save_bitmaps = TRACE.event("mapped_ram_save_bitmaps", "normal pages {} zero pages {}")
+mapped_ram_load_block = TRACE.event("mapped_ram_load_block", "{}: bitmap at {:#x} pages at {:#x}")
+mapped_ram_load_block_end = TRACE.event("mapped_ram_load_block_end", "{}: pages {}")
+
 # ---- destination ----
 
 loadvm_state_setup = TRACE.event("loadvm_state_setup")
@@ -195,6 +228,14 @@ loadvm_process_command = TRACE.event("loadvm_process_command", "com={} len={}")
 loadvm_process_command_ping = TRACE.event("loadvm_process_command_ping", "{:#x}")
 migrate_send_rp_message = TRACE.event("migrate_send_rp_message", "{}: len {}")
 vmstate_load = TRACE.event("vmstate_load", "{}, instance_id {}, version_id {}")
+
+# ---- destination: multifd ----
+
+multifd_recv_new_channel = TRACE.event("multifd_recv_new_channel", "channel {}")
+multifd_recv_thread_start = TRACE.event("multifd_recv_thread_start", "{}")
+multifd_recv_sync_main = TRACE.event("multifd_recv_sync_main", "pages {}")
+multifd_recv_terminate_threads = TRACE.event("multifd_recv_terminate_threads", "error {}")
+multifd_recv_thread_end = TRACE.event("multifd_recv_thread_end", "channel {} normal pages {}")
 
 # ---- destination: postcopy ----
 

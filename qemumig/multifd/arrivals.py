@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from .. import trace
 from ..channels.channel import Channel, QuitEvent, has_hung_up
 from ..channels.connect import Listener
 from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError, StreamError
@@ -175,6 +176,7 @@ class Arrivals:
             raise StreamError(f"multifd channel {channel_id} has come twice")
         del self._silent[channel]
         self.channels[channel_id] = InputStream(channel)
+        trace.multifd_recv_new_channel(channel_id)
         self._last_s = time.monotonic()
 
     def _drop(self, channel: Channel, reason: str) -> None:

@@ -9,7 +9,9 @@ Threads   the loading thread calls everything here; `mig/dst/recv_N` runs the Re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from .. import trace
 from ..errors import MigrationError, StreamError
 from ..options import MigrationOptions
 from ..ram.landing import Landing
@@ -40,7 +42,15 @@ class Receivers:
                 receiver.decompress_with(method.flag, method.decompressor())
         self._per_section: bool | None = None  # None: START has not ended yet
         self._flushes = 0
-        self._threads = [start_thread(f"mig/dst/recv_{each.channel_id}", each.run) for each in self._receivers]
+        self._threads = [
+            start_thread(f"mig/dst/recv_{each.channel_id}", partial(self._run, each)) for each in self._receivers
+        ]
+
+    @staticmethod
+    def _run(receiver: Receiver) -> None:
+        trace.multifd_recv_thread_start(receiver.channel_id)
+        receiver.run()
+        trace.multifd_recv_thread_end(receiver.channel_id, receiver.normal_pages)
 
     @property
     def normal_pages(self) -> int:
@@ -62,14 +72,18 @@ class Receivers:
                 "MULTIFD_FLUSH in a stream whose first section has none, and which therefore syncs after every section"
             )
         self._flushes += 1
-        self._meeting.sync(self._quit_fd)
+        self._sync()
 
     def end_section(self) -> None:
         """The body of a section 'ram' is over."""
         if self._per_section is None:
             self._per_section = self._flushes == 0
         if self._per_section:
-            self._meeting.sync(self._quit_fd)
+            self._sync()
+
+    def _sync(self) -> None:
+        self._meeting.sync(self._quit_fd)
+        trace.multifd_recv_sync_main(self.normal_pages)
 
     def complete(self) -> None:
         """The stream is over: nothing is loaded any more; raises what a channel failed of, or left unsynced."""
@@ -77,6 +91,7 @@ class Receivers:
 
     def stop(self) -> None:
         """Join the threads; the quit event is set."""
+        trace.multifd_recv_terminate_threads(int(self.error is not None))
         self._meeting.close(is_complete=False)
         for thread in self._threads:
             thread.join()

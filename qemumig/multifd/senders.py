@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
+from .. import trace
 from ..channels.channel import Channel
 from ..errors import MigrationCancelled, MigrationError
 from ..options import MigrationOptions
@@ -49,13 +51,19 @@ class Senders:
             out = OutputStream(channel)
             out.write(encode_init(uuid or NO_UUID, number))
             out.flush()
+            trace.multifd_new_send_channel_async(number)
             sender = Sender(number, out, self.dispatch, detects_zero=self._detects_zero)
             if self._method is not None:
                 sender.compress_with(self._method.flag, self._method.compressor(self._level))
             if self._zero_copy:
                 sender.send_uncopied_by(ZeroCopy(channel))
             self._senders.append(sender)
-            self._threads.append(start_thread(f"mig/src/send_{number}", sender.run))
+            self._threads.append(start_thread(f"mig/src/send_{number}", partial(self._run, number, sender)))
+
+    def _run(self, number: int, sender: Sender) -> None:
+        trace.multifd_send_thread_start(number)
+        sender.run()
+        trace.multifd_send_thread_end(number, sender.normal_pages, sender.zero_pages)
 
     @property
     def error(self) -> MigrationError | None:
@@ -92,6 +100,8 @@ class Senders:
 
     def close(self) -> None:
         """Join the threads and close the channels; the quit event is set, or everything has left."""
+        if self._threads:
+            trace.multifd_send_terminate_threads()
         self.dispatch.close()
         for thread in self._threads:
             thread.join()

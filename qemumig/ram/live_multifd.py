@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .. import trace
 from ..machine import DirtyLog
 from ..multifd.senders import Senders
 from ..options import MigrationOptions
@@ -97,6 +98,7 @@ class MultifdRamSource(RamSource):
             self._senders.dispatch.sync()
         elif not self._is_started or self.sender.last_stage:
             self.sender.write_mark()
+        trace.multifd_send_section_end(self._senders.dispatch.queued_pages)
         self._is_started = True
         super()._end_body()
 

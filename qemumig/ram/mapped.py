@@ -28,6 +28,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NoReturn, TypeVar
 
+from .. import trace
 from ..channels.channel import Channel
 from ..channels.file import FileChannel
 from ..errors import ChannelError, StreamError
@@ -185,6 +186,7 @@ class MappedRamSource(RamSource):
         super().write_entry(block)
         bitmap_offset = self._out.file_position() + MAPPED_RAM_HDR_SIZE
         pages_offset = -(-(bitmap_offset + bitmap_size(block.pages)) // ALIGNMENT) * ALIGNMENT
+        trace.mapped_ram_save_block(block.idstr, bitmap_offset, pages_offset)
         if block in self.blocks:  # what the destination has already gets a place, too, but nothing goes there
             self._regions.append(Region(block, bitmap_offset, pages_offset))
         self._out.write(HEADER.pack(MAPPED_RAM_HDR_VERSION, TARGET_PAGE_SIZE, bitmap_offset, pages_offset))
@@ -192,6 +194,7 @@ class MappedRamSource(RamSource):
 
     def finish_pages(self) -> None:
         """The bitmaps: which pages are in the file is known now."""
+        trace.mapped_ram_save_bitmaps(self.sender.normal_pages, self.sender.zero_pages)
         here = self._out.file_position()
         for region in self._regions:
             self._out.go_to(region.bitmap_offset)
@@ -237,6 +240,7 @@ class MappedLoader:
             loaded += sum(self._files.run(self._jobs(region, index, ranges[batch : batch + BATCH_RANGES])))
             self._look_round()
         self._stream.go_to(region.pages_offset + block.used_length)
+        trace.mapped_ram_load_block_end(block.idstr, loaded)
         return loaded
 
     def _jobs(self, region: Region, index: int, firsts: Sequence[int]) -> list[Callable[[int], int]]:
@@ -265,6 +269,7 @@ class MappedLoader:
         if pages_offset + block.used_length > end:
             pages_end = pages_offset + block.used_length
             refuse(place, f"{what} lets the pages end at {pages_end:#x}, the file has {end:#x} bytes")
+        trace.mapped_ram_load_block(block.idstr, bitmap_offset, pages_offset)
         return Region(block, bitmap_offset, pages_offset)
 
 

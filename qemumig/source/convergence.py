@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .. import trace
 from ..errors import MigrationCancelled
 from ..options import MigrationOptions
 from ..wire.format import TARGET_PAGE_SIZE
@@ -186,6 +187,7 @@ class AutoConverge:
         self._hits += 1
         if self._hits == BAD_PERIODS:
             self._hits = 0
+            trace.migration_throttle()
             self._set(self._next(limit, period.dirtied))
 
     def _next(self, limit: float, dirtied: int) -> int:
@@ -205,5 +207,6 @@ class AutoConverge:
             self._set(0)
 
     def _set(self, percentage: int) -> None:
+        trace.cpu_throttle_set(percentage)
         self.percentage = percentage
         self._throttle(percentage)

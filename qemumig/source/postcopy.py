@@ -25,6 +25,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from .. import trace
 from ..channels.channel import Channel
 from ..errors import ChannelError, MigrationCancelled, MigrationError, StateError, StreamError
 from ..postcopy.requests import RequestReader
@@ -167,6 +168,7 @@ class PostcopyAttempt(Attempt):
     def _advise(self) -> None:
         assert self.ram is not None
         summary = reduce(or_, (block.page_size for block in self.ram.blocks))
+        trace.qemu_savevm_send_postcopy_advise()
         self._command(commands.PostcopyAdvise(summary, TARGET_PAGE_SIZE))
         if self.options.migration_property("x-preempt-pre-7-2"):
             self._connect_urgent()
@@ -179,6 +181,7 @@ class PostcopyAttempt(Attempt):
         if not self.options.capability("postcopy-preempt") or self._urgent is not None:
             return
         channel = self._open_another()
+        trace.postcopy_preempt_new_channel()
         with self._lock:
             self._urgent_channel = channel
         self._urgent = OutputStream(channel)
@@ -210,12 +213,14 @@ class PostcopyAttempt(Attempt):
 
     def _hand_over(self) -> None:
         assert self.out is not None and self.ram is not None and self._return_path is not None
+        trace.postcopy_start()
         if self.options.migration_property("send-switchover-start"):
             self._command(commands.SwitchoverStart())
         self._sync()
         self.server = PageServer(self.ram.dirty)
         self.server.connect(self.out, self._urgent)
         self.server.make_uniform()
+        trace.ram_postcopy_send_discard_bitmap()
         self.server.put_discards()
         if self.options.capability("release-ram"):
             self.server.note_clean()
@@ -240,6 +245,8 @@ class PostcopyAttempt(Attempt):
         """From the last byte on the guest may be there; before it, nobody acts on any of it."""
         assert self.out is not None
         self.out.flush()
+        trace.savevm_send_postcopy_listen()
+        trace.savevm_send_postcopy_run()
         try:
             self.out.write(commands.encode_command(commands.Packaged(len(package))) + package)
             self.out.flush()
@@ -317,6 +324,7 @@ class PostcopyAttempt(Attempt):
         with self._changed:
             self._changed.wait_for(lambda: self._taken or path.verdict is not None)
         self._require_path()
+        trace.migration_completion_postcopy_end()
         self._begin(SectionType.QEMU_VM_SECTION_END)
         self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
         self._footer(RAM_SECTION_ID)
@@ -325,6 +333,7 @@ class PostcopyAttempt(Attempt):
             self._urgent.flush()
         self.out.write(bytes([SectionType.QEMU_VM_EOF]))
         self.out.flush()
+        trace.migration_completion_postcopy_end_after_complete()
         self._return_path.wait()
         if self._return_path.verdict is not Verdict.TAKEN:
             raise self._return_path.error or ChannelError("the return path ended before the destination had everything")
@@ -345,6 +354,7 @@ class PostcopyAttempt(Attempt):
             words = BY_USER if self._paused_by_user else f"{error}; {LOST if self._taken else IN_BETWEEN}"
             self._paused_by_user = False
             self.error = ChannelError(words)
+        trace.postcopy_pause(words)
         self._close_link()
         for status in IN_POSTCOPY - {MigrationStatus.POSTCOPY_PAUSED}:
             self._states.advance(status, MigrationStatus.POSTCOPY_PAUSED)
@@ -406,8 +416,10 @@ class PostcopyAttempt(Attempt):
         self.server.make_uniform()
         self._connect_urgent()
         self.server.connect(self.out, self._urgent)
+        trace.savevm_send_postcopy_resume()
         self._command(commands.PostcopyResume())
         self._wait_in_recovery(lambda: self._resumed)
+        trace.postcopy_pause_continued()
         self.error = None
 
     def _wait_in_recovery(self, holds: Callable[[], bool]) -> None:
@@ -431,6 +443,7 @@ class PostcopyAttempt(Attempt):
     def take_pong(self, value: int) -> None:
         if value != PING_TAKEN:
             return
+        trace.source_return_path_thread_postcopy_package_loaded()
         with self._changed:
             self._taken = True
             self._changed.notify_all()

@@ -18,6 +18,7 @@ from qemumig.multifd.packet import encode_init
 from tests.qemumig.channels.pki import x509_directory
 from tests.support.links import Fault, Links
 from tests.support.pair import Pair, wait_for
+from tests.support.traces import recorded
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -50,6 +51,26 @@ def test_a_guest_moves_over_many_channels(method: str, each_section: bool) -> No
         ram = pair.migration.query()["ram"]
         assert ram["normal"] > 100 and ram["multifd-bytes"] > 100_000
         assert ram["transferred"] > ram["multifd-bytes"] + ram["precopy-bytes"]
+
+
+def test_channels_can_be_followed_by_their_trace(tmp_path: Path) -> None:
+    with recorded(tmp_path, "multifd_*") as lines, multifd_pair(running=False) as pair:
+        pair.migrate()
+        pages = pair.migration.query()["ram"]["normal"]
+    for number in range(CHANNELS):
+        for event in (
+            "send_thread_start",
+            "recv_thread_start",
+            "new_send_channel_async channel",
+            "recv_new_channel channel",
+        ):
+            assert lines.count(f"multifd_{event} {number}") == 1
+    for side, last in (("send", -4), ("recv", -1)):
+        ends = [line.split() for line in lines if line.startswith(f"multifd_{side}_thread_end")]
+        assert sum(int(words[last]) for words in ends) == pages and len(ends) == CHANNELS
+    for event in ("send_section_end", "recv_sync_main"):
+        assert any(line.startswith(f"multifd_{event} pages ") for line in lines)
+    assert lines.count("multifd_send_terminate_threads") == lines.count("multifd_recv_terminate_threads error 0") == 1
 
 
 def test_memory_is_equal_when_the_guest_stands_still() -> None:

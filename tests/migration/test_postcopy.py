@@ -71,12 +71,14 @@ def test_threads_have_their_names_and_nothing_is_left_at_the_end(stage: Stage) -
 
 
 def test_both_sides_go_through_the_states_in_order(stage: Stage) -> None:
-    source, destination = pair(stage)
+    trace = stage.directory / "trace"
+    source, destination = pair(stage, "-trace", f"*postcopy*,file={trace}")
     advise([source, destination], postcopy_bandwidth=SLOW)
     begin(source, destination)
     break_and_recover(source, destination, f"unix:{stage.directory}/r")
     source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
     wait_completed(source, destination)
+    assert [name for name in trace_names(trace) if name in ON_THE_WAY] == ON_THE_WAY
     assert statuses(source) == [
         *("setup", "active", "device", "postcopy-device", "postcopy-active", "postcopy-paused"),
         *("postcopy-recover-setup", "postcopy-recover", "postcopy-active", "completed"),
@@ -85,6 +87,19 @@ def test_both_sides_go_through_the_states_in_order(stage: Stage) -> None:
         *("setup", "active", "postcopy-device", "postcopy-active", "postcopy-paused"),
         *("postcopy-recover", "postcopy-active", "completed"),
     ]
+
+
+ON_THE_WAY = [
+    *("qemu_savevm_send_postcopy_advise", "postcopy_start", "ram_postcopy_send_discard_bitmap"),
+    *("savevm_send_postcopy_listen", "savevm_send_postcopy_run", "source_return_path_thread_postcopy_package_loaded"),
+    *("postcopy_pause", "savevm_send_postcopy_resume", "postcopy_pause_continued"),
+    *("migration_completion_postcopy_end", "migration_completion_postcopy_end_after_complete"),
+]
+"""What the source traces, in this order; the destination writes to the same file."""
+
+
+def trace_names(path: Path) -> list[str]:
+    return [line.split()[0] for line in path.read_text().splitlines()]
 
 
 def statuses(vmm: Vmm) -> list[str]:

@@ -24,6 +24,7 @@ from qemumig.ram.mapped import HEADER, MappedLoader, MappedRamSource, PageFiles
 from qemumig.wire.format import MAPPED_RAM_HDR_SIZE
 from qemumig.wire.stream import InputStream, OutputStream
 from tests.support.memory import Memory, QuietLog, channel_pair
+from tests.support.traces import recorded
 
 PAGE = 4096
 MIB = 1 << 20
@@ -135,6 +136,20 @@ def test_memory_goes_through_a_file_whoever_writes_and_reads(
     assert loader.normal_pages == there
     if fresh:
         assert sum(bitmap.count() for bitmap in loader.landing.received) == there
+
+
+def test_the_trace_says_where_blocks_lie_and_how_much_came(directory: Path) -> None:
+    sources, targets, chance = memories(), memories(), random.Random(3)
+    scribble(sources[1], chance, 20)
+    with recorded(directory, "mapped_ram_*") as lines:
+        places = save(directory / "file", sources, chance)
+        load(directory / "file", targets)
+    saved = [line.split(" ", 1)[1] for line in lines if line.startswith("mapped_ram_save_block")]
+    assert saved == [line.split(" ", 1)[1] for line in lines if line.startswith("mapped_ram_load_block ")]
+    assert [line.rpartition(" ")[2] for line in saved] == [hex(place) for place in places]
+    there = {m.block.idstr: sum(any(m.read(at, PAGE)) for at in range(0, len(m.map), PAGE)) for m in sources}
+    assert lines[-1] == f"mapped_ram_load_block_end small: pages {there['small']}"
+    assert sum(line.startswith("mapped_ram_save_bitmaps normal pages ") for line in lines) == 1
 
 
 def test_pages_lie_where_the_format_puts_them_and_zeroes_are_holes(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from qemumig.errors import MigrationCancelled
 from qemumig.options import MigrationOptions
 from qemumig.source import convergence
 from qemumig.source.convergence import AutoConverge, DirtyRate, Pacer, Period
+from tests.support.traces import recorded
 
 MIB = 1 << 20
 
@@ -138,6 +140,14 @@ def percentages(chosen: MigrationOptions, periods: list[Period]) -> list[int]:
 def test_a_hopeless_guest_loses_more_time_with_every_second_bad_period() -> None:
     """The sequence that real QEMUs show with default parameters."""
     assert percentages(options("auto-converge"), [BAD] * 22) == [20, 30, 40, 50, 60, 70, 80, 90, 99, 99, 99, 0]
+
+
+def test_the_trace_says_how_much_time_is_taken_and_when_it_is_given_back(tmp_path: Path) -> None:
+    """In the words of a real QEMU."""
+    with recorded(tmp_path, "migration_throttle", "cpu_throttle_*") as lines:
+        percentages(options("auto-converge"), [BAD] * 4)
+    taken = [f"cpu_throttle_set set guest CPU throttled by {percentage}%" for percentage in (20, 30, 0)]
+    assert lines == ["migration_throttle", taken[0], "migration_throttle", taken[1], taken[2]]
 
 
 def test_bad_periods_need_not_follow_each_other_and_good_ones_change_nothing() -> None:
