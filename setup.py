@@ -1,6 +1,9 @@
 """Build: every .pyx under qemumig/ becomes one extension module; all else is in pyproject.toml.
 
-    QEMUMIG_DEBUG=1    bounds and overflow checks on, `if DEBUG:` truths compiled in, no optimisation
+    QEMUMIG_DEBUG=1                     bounds and overflow checks on, `if DEBUG:` truths compiled in, no optimisation
+    QEMUMIG_SANITIZE=address,undefined  the C compiler's own checks compiled in (-fsanitize=…).  What is built so runs with
+                                        LD_PRELOAD="$(gcc -print-file-name=libasan.so)" and
+                                        ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 
 Compiler directives live here and not on top of files, so that one switch reaches every room.
 """
@@ -12,6 +15,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = os.environ.get("QEMUMIG_DEBUG", "") not in ("", "0")
+SANITIZE = os.environ.get("QEMUMIG_SANITIZE", "")
 
 DIRECTIVES = {
     "language_level": 3,
@@ -24,12 +28,20 @@ DIRECTIVES = {
 }
 
 
+def flags() -> list[str]:
+    """How to compile."""
+    if SANITIZE:
+        return ["-O1", "-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    return ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-plt"]
+
+
 def extension(path: Path) -> Extension:
     return Extension(
         ".".join(path.with_suffix("").parts),
         [str(path)],
         define_macros=[("QEMUMIG_DEBUG", "1" if DEBUG else "0"), ("_GNU_SOURCE", "1")],
-        extra_compile_args=["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-plt"],
+        extra_compile_args=flags(),
+        extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
     )
 
 
@@ -46,7 +58,7 @@ setup(
         compiler_directives=DIRECTIVES,
         build_dir=str(BUILD),
         nthreads=os.cpu_count() or 1,
-        force=DEBUG,
+        force=DEBUG or bool(SANITIZE),
     ),
     options={"build": {"build_base": str(BUILD)}, "egg_info": {"egg_base": str(BUILD)}},
 )
