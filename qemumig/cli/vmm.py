@@ -10,6 +10,7 @@ Holds     (1) `close` ends the process, whatever state it is in, and leaves no t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -34,6 +35,7 @@ HIGH_MEMORY = 4 * GIB
 
 MACHINE = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off"
 START_TIMEOUT = 30.0
+DYING_S = 1.0  # from the end of its monitor to that of a VMM
 QUIT_TIMEOUT = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -162,6 +164,8 @@ class Vmm:
             self._qmp = QmpClient(self.name, connection)
         except QmpError as error:
             connection.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close before it is gone
+                self.process.wait(DYING_S)
             raise self._broken(error) from error
 
     def _connection(self) -> socket.socket:
