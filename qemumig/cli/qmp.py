@@ -18,6 +18,10 @@ class QmpError(Exception):
     """The connection broke, or the other end refused a command."""
 
 
+class QmpEnded(QmpError):
+    """The connection is no more: the other end has closed it, or has gone."""
+
+
 class QmpClient:
     """One monitor connection; *name* is what errors call the other end."""
 
@@ -82,7 +86,7 @@ class QmpClient:
             self._socket.settimeout(self.timeout)
             self._socket.sendall(request)
         except OSError as error:
-            raise QmpError(f"{self.name} does not take {command}: {error}") from error
+            raise QmpEnded(f"{self.name} does not take {command}: {error}") from error
 
     def _message(self, what: str, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
@@ -106,7 +110,7 @@ class QmpClient:
         except TimeoutError:
             return
         except OSError as error:
-            raise QmpError(f"{self.name}: the monitor broke while waiting for {what}: {error}") from error
+            raise QmpEnded(f"{self.name}: the monitor broke while waiting for {what}: {error}") from error
         if not data:
-            raise QmpError(f"{self.name}: the monitor closed while waiting for {what}")
+            raise QmpEnded(f"{self.name}: the monitor closed while waiting for {what}")
         self._buffer += data

@@ -10,7 +10,6 @@ Holds     (1) `close` ends the process, whatever state it is in, and leaves no t
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .guest import CLOCK_PAGE, PAGE_SIZE, STATUS_ADDRESS, STATUS_SIZE, GuestStatus, parse_status
-from .qmp import QmpClient, QmpError
+from .qmp import QmpClient, QmpEnded, QmpError
 
 GIB = 1 << 30
 LOW_MEMORY_END = 3 * GIB  # machine.md §2: what is above goes to 4 GiB
@@ -35,7 +34,7 @@ HIGH_MEMORY = 4 * GIB
 
 MACHINE = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off"
 START_TIMEOUT = 30.0
-DYING_S = 1.0  # from the end of its monitor to that of a VMM
+DYING_S = 2.0  # at most, from the end of a VMM's monitor to its own
 QUIT_TIMEOUT = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -164,8 +163,6 @@ class Vmm:
             self._qmp = QmpClient(self.name, connection)
         except QmpError as error:
             connection.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close before it is gone
-                self.process.wait(DYING_S)
             raise self._broken(error) from error
 
     def _connection(self) -> socket.socket:
@@ -209,7 +206,8 @@ class Vmm:
             raise self._broken(error) from error
 
     def _broken(self, error: QmpError) -> VmmError:
-        return VmmError(f"{self.name} {self.obituary()}" if self.has_died() else str(error))
+        has_died = isinstance(error, QmpEnded) and self.has_died()
+        return VmmError(f"{self.name} {self.obituary()}" if has_died else str(error))
 
     def wait_runstate(self, wanted: str, timeout: float = 30) -> None:
         """Wait until `query-status` says *wanted*."""
@@ -225,9 +223,9 @@ class Vmm:
         return lines[-1] if lines else ""
 
     def has_died(self) -> bool:
-        """Whether the process is gone, or goes within half a second: its monitor closes a moment before."""
+        """Whether the process is gone, or about to go: its monitor closes a moment before."""
         try:
-            self.process.wait(0.5)
+            self.process.wait(DYING_S)
         except subprocess.TimeoutExpired:
             return False
         return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qemumig.cli.qmp import QmpClient, QmpError
+from qemumig.cli.qmp import QmpClient, QmpEnded, QmpError
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "x"}, "capabilities": []}}\r\n'
 Connected = tuple[QmpClient, socket.socket]
@@ -57,8 +57,9 @@ def test_waiting_takes_the_event_with_the_wanted_data(connect: Callable[..., Con
 
 def test_refused_command_raises_the_description(connect: Callable[..., Connected]) -> None:
     client, _ = connect(b'{"error": {"class": "GenericError", "desc": "no such thing"}}\r\n')
-    with pytest.raises(QmpError, match="vmm refuses query-x: no such thing"):
+    with pytest.raises(QmpError, match="vmm refuses query-x: no such thing") as refusal:
         client.command("query-x")
+    assert not isinstance(refusal.value, QmpEnded)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_nonsense_is_refused(connect: Callable[..., Connected], answer: bytes, w
 def test_closed_monitor_raises(connect: Callable[..., Connected]) -> None:
     client, server = connect()
     server.shutdown(socket.SHUT_WR)
-    with pytest.raises(QmpError, match="closed while waiting for the answer to stop"):
+    with pytest.raises(QmpEnded, match="closed while waiting for the answer to stop"):
         client.command("stop")
 
 
