@@ -166,6 +166,8 @@ migration_resume_guest = TRACE.event("migration_resume_guest", "runstate {}")
 migration_thread_after_loop = TRACE.event("migration_thread_after_loop")
 migration_cleanup = TRACE.event("migration_cleanup")
 
+# ---- source: auto-converge ----
+
 migration_throttle = TRACE.event("migration_throttle")
 cpu_throttle_set = TRACE.event("cpu_throttle_set", "set guest CPU throttled by {}%")
 
