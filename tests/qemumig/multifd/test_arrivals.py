@@ -1,0 +1,57 @@
+"""Arrivals: who has come, who belongs here, and who is one too many (channels.md §2.3)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemumig.channels.address import UnixAddress
+from qemumig.channels.channel import QuitEvent
+from qemumig.channels.connect import Listener, incoming
+from qemumig.errors import StreamError
+from qemumig.multifd.arrivals import MAIN, NO_UUID, Arrivals
+from qemumig.multifd.packet import encode_init
+from qemumig.options import MigrationOptions
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture
+def listener(directory: Path) -> Iterator[Listener]:
+    quit_event = QuitEvent()
+    listener = incoming(UnixAddress(f"{directory}/s"), quit_event.fd, lambda name: -1)
+    yield listener
+    listener.close()
+    quit_event.close()
+
+
+def connection(directory: Path, first: bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(f"{directory}/s")
+    sock.sendall(first)
+    return sock
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+def test_who_has_said_nothing_when_all_is_loaded(preempt: bool, directory: Path, listener: Listener) -> None:
+    """It costs its own connection, unless it may be the channel of urgent pages and another was taken for that."""
+    options = MigrationOptions()
+    options.set_capabilities({"multifd": True, "postcopy-ram": preempt, "postcopy-preempt": preempt}.items())
+    options.set_parameters({"multifd-channels": 1})
+    arrivals = Arrivals(listener, options, None)
+    source = [connection(directory, first) for first in (encode_init(NO_UUID, 0), MAIN)]
+    arrivals.gather()
+    source.append(connection(directory, b""))
+    if preempt:
+        with pytest.raises(StreamError, match="opened a connection too many"):
+            arrivals.check_surplus()
+    else:
+        arrivals.check_surplus()
+    arrivals.close()
+    assert arrivals.main is not None
+    arrivals.main.close()
+    for sock in source:
+        sock.close()
