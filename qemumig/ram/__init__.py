@@ -11,6 +11,7 @@
     mapped    mapped-ram: the file around them
     load      records from the stream straight into guest RAM
     scan      a recorded stream's records, counted and found again: for tools
+    scan_pages the pages that they leave: read, written to a file, compared
 
 Truths that cross rooms:
 

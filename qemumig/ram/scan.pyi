@@ -46,13 +46,3 @@ class RamScan:
         """Records of that block by kind: `zero`, `normal`, `xbzrle`, `compressed`."""
     def end(self, index: int) -> int:
         """One past the highest page of that block of which a record came; 0 when none did."""
-    def read(self, index: int, first: int, count: int) -> bytearray:
-        """The content of *count* pages; what was never sent reads as zeroes."""
-    def export(self, index: int, fd: int, first: int, count: int) -> int:
-        """Write those of *count* pages that are not zero to *fd*, each at its place; returns how many they were.
-
-        OSError when writing fails.
-        """
-    def next_difference(self, index: int, other: RamScan, other_index: int, first: int, limit: int) -> tuple[int, int]:
-        """The first run of pages, from *first* and below *limit*, in which two blocks differ: (begin, end); begin is
-        *limit* when there is none."""

@@ -24,9 +24,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from ..encode.zero cimport is_zero
+from ..encode.xbzrle cimport apply_delta, fault_text
 from ..errors import StreamError
 from ..wire.format cimport (
+    ENCODING_FLAG_XBZRLE,
     RAM_SAVE_FLAG_COMPRESS_PAGE,
     RAM_SAVE_FLAG_CONTINUE,
     RAM_SAVE_FLAG_EOS,
@@ -36,7 +37,7 @@ from ..wire.format cimport (
     RAM_SAVE_FLAG_XBZRLE,
     RAM_SAVE_FLAG_ZERO,
 )
-from ..wire.stream cimport get_be32, get_be64, iovec
+from ..wire.stream cimport get_be32, get_be64
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, ssize_t offset)
@@ -44,131 +45,22 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     void *MAP_FAILED
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t pwritev(int fd, const iovec *iov, int count, ssize_t offset)
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t count, ssize_t offset)
     ssize_t pwrite(int fd, const void *buffer, size_t count, ssize_t offset)
 
-cdef enum PageKind:
-    PAGE_ABSENT = 0               # no record came for it
-    PAGE_ZERO = 1
-    PAGE_PLAIN = 2
-    PAGE_COMPRESSED = 3
-    PAGE_PATCHED = 4
-    KIND_BITS = 3
-    KIND_MASK = 7
-
-cdef enum ScanStatus:
-    SCAN_OK = 0
-    SCAN_EOS = 1                  # the section's body is over
-    SCAN_LIST = 2                 # a block list begins: the caller's business
-    SCAN_PAUSE = 3                # many records done, more to come
-    SCAN_END = 4                  # the stream ends between two records
-    SCAN_CUT = 5                  # the stream ends inside a record
-    SCAN_FLAGS = 6                # unknown flags
-    SCAN_NO_BLOCK = 7             # CONTINUE before any name
-    SCAN_BAD_NAME = 8             # a block that the list does not have
-    SCAN_BAD_OFFSET = 9           # past the block's end
-    SCAN_BAD_FILL = 10            # a fill byte that is not zero
-    SCAN_BAD_ENCODING = 11        # XBZRLE with another encoding than 1
-    SCAN_BAD_LENGTH = 12          # a delta or a compressed page longer than any can be
-    SCAN_BAD_DELTA = 13
-    SCAN_INFLATE = 14             # a compressed page, to be tried by the door
-    SCAN_INFLATE_BASE = 15        # a delta upon a compressed page, to be inflated by the door first
-    SCAN_IO = 16                  # the scratch file failed; errno is in .error
-
 cdef enum:
     HEAD = 8
     RECORDS_AT_A_TIME = 8192      # then the caller looks round
-    RUN_LIMIT = 256               # pages of one write
     DELTA_HEAD = 3                # u8 encoding, be16 length
-    XBZRLE_ENCODING = 1
     ZLIB_OVERHEAD = 14            # bytes that a page of zlib may be longer than the page
     MAX_BLOCKS = 4096             # of one stream
 
 cdef uint64_t UNKNOWN_PAGES = <uint64_t> -1
 
 
-cdef struct ScanBlock:
-    const uint8_t *name
-    size_t name_length
-    uint64_t pages                # UNKNOWN_PAGES: no list has announced the block
-    uint64_t zero
-    uint64_t normal
-    uint64_t xbzrle
-    uint64_t compressed
-    uint64_t end                  # one past the highest page that came
-    uint64_t *entries             # NULL unless kept
-
-
-cdef inline int uleb(const uint8_t *data, size_t left, uint32_t *value) noexcept nogil:
-    """A number of one or two bytes; returns how many, 0 when it is malformed (xbzrle.md §2)."""
-    if left == 0:
-        return 0
-    value[0] = data[0] & 0x7F
-    if not data[0] & 0x80:
-        return 1
-    if left < 2 or data[1] & 0x80:
-        return 0
-    value[0] |= <uint32_t> data[1] << 7
-    return 2
-
-
-cdef bint apply_delta(uint8_t *page, size_t size, const uint8_t *delta, size_t length) noexcept nogil:
-    """Patch *page*; False for a malformed delta, which may leave it half patched."""
-    cdef size_t at = 0, position = 0
-    cdef uint32_t equal, changed
-    cdef int taken
-    while at < length:
-        if length - at < 2:
-            return False
-        taken = uleb(delta + at, length - at, &equal)
-        if taken == 0 or (equal == 0 and at > 0):
-            return False
-        at += taken
-        position += equal
-        if position > size or length - at < 2:
-            return False
-        taken = uleb(delta + at, length - at, &changed)
-        if taken == 0 or changed == 0:
-            return False
-        at += taken
-        if position + changed > size or changed > length - at:
-            return False
-        memcpy(page + position, delta + at, changed)
-        at += changed
-        position += changed
-    return True
-
-
 cdef class RamScan:
     """Counts the records of a stream, and knows where its pages are; see scan.pyi."""
-
-    cdef const uint8_t[::1] data
-    cdef const uint8_t *bytes
-    cdef uint64_t size
-    cdef readonly uint64_t page_size
-    cdef readonly list names
-    cdef bint keep_pages
-    cdef bint closed_list             # no block may come that was not announced
-    cdef ScanBlock *table
-    cdef int block_count
-    cdef int last_block               # of the previous record; −1: none yet
-    cdef uint64_t head                # of the record at hand …
-    cdef uint64_t head_offset         # … and where it stood
-    cdef uint64_t at                  # where the walk is
-    cdef uint64_t wanted              # bytes that were expected where the stream was cut
-    cdef const uint8_t *name
-    cdef size_t name_length
-    cdef uint8_t *page                # room for one page …
-    cdef uint8_t *other_page          # … for a second one …
-    cdef uint8_t *zeroes              # … and a page of zeroes
-    cdef int scratch_fd
-    cdef uint64_t scratch_pages
-    cdef int error
-    cdef readonly uint64_t flushes
 
     def __cinit__(self, data not None, uint64_t page_size, bint keep_pages=False, int scratch_fd=-1):
         if page_size < 1024 or page_size > 65536 or page_size & (page_size - 1):
@@ -182,12 +74,9 @@ cdef class RamScan:
         self.names = []
         self.last_block = -1
         self.table = <ScanBlock *> malloc(MAX_BLOCKS * sizeof(ScanBlock))
-        self.page = <uint8_t *> malloc(3 * page_size)
+        self.page = <uint8_t *> malloc(page_size)
         if self.table == NULL or self.page == NULL:
             raise MemoryError("no memory for the list of RAM blocks")
-        self.other_page = self.page + page_size
-        self.zeroes = self.page + 2 * page_size
-        memset(self.page, 0, 3 * page_size)
 
     def __dealloc__(self):
         cdef int index
@@ -273,7 +162,7 @@ cdef class RamScan:
         cdef int status
         if not self.there(DELTA_HEAD):
             return SCAN_CUT
-        if self.bytes[self.at] != XBZRLE_ENCODING:
+        if self.bytes[self.at] != ENCODING_FLAG_XBZRLE:
             return SCAN_BAD_ENCODING
         length = (<uint64_t> self.bytes[self.at + 1] << 8) | self.bytes[self.at + 2]
         if length > self.page_size:
@@ -286,7 +175,7 @@ cdef class RamScan:
         status = self.load_base(entry)
         if status != SCAN_OK:
             return status
-        if not apply_delta(self.page, self.page_size, self.bytes + self.at + DELTA_HEAD, length):
+        if apply_delta(self.page, self.page_size, self.bytes + self.at + DELTA_HEAD, length, &self.fault):
             return SCAN_BAD_DELTA
         if block.entries != NULL:
             status = self.keep_patched(block, page)
@@ -380,30 +269,6 @@ cdef class RamScan:
             if status != SCAN_OK:
                 return status
         return SCAN_PAUSE
-
-    cdef const uint8_t *content(self, uint64_t entry, uint8_t *room) except NULL nogil:
-        """The page that *entry* refers to, in place or in *room*."""
-        cdef uint64_t kind = entry & KIND_MASK
-        if kind == PAGE_PLAIN:
-            return self.bytes + (entry >> KIND_BITS)
-        if kind == PAGE_PATCHED:
-            if self.read_scratch(room, entry >> KIND_BITS) != SCAN_OK:
-                with gil:
-                    raise self.scratch_failure()
-            return room
-        if kind == PAGE_COMPRESSED:
-            with gil:
-                self.inflate(entry >> KIND_BITS, room)
-            return room
-        return self.zeroes
-
-    cdef uint8_t *nonzero_content(self, uint64_t entry) except? NULL nogil:
-        """The page, or NULL when it is all zeroes."""
-        cdef const uint8_t *page
-        if entry & KIND_MASK <= PAGE_ZERO:
-            return NULL
-        page = self.content(entry, self.page)
-        return NULL if is_zero(page, self.page_size) else <uint8_t *> page
 
     # ---- the door: walking ----
 
@@ -548,9 +413,10 @@ cdef class RamScan:
         if status == SCAN_BAD_FILL:
             return self.refuse(f"fill byte {self.bytes[self.at]:#x} of a zero page, expected 0")
         if status == SCAN_BAD_ENCODING:
-            return self.refuse(f"XBZRLE with encoding {self.bytes[self.at]:#x}, expected {XBZRLE_ENCODING:#x}")
+            return self.refuse(f"XBZRLE with encoding {self.bytes[self.at]:#x}, expected {ENCODING_FLAG_XBZRLE:#x}")
         if status == SCAN_BAD_DELTA:
-            return self.refuse("malformed XBZRLE delta, expected runs that stay inside the delta and inside the page")
+            length = self.bytes[self.at + 1] << 8 | self.bytes[self.at + 2]
+            return self.refuse(f"malformed XBZRLE delta: {fault_text(&self.fault, self.page_size, length)}")
         delta = flags & RAM_SAVE_FLAG_XBZRLE
         length = (self.bytes[self.at + 1] << 8 | self.bytes[self.at + 2]) if delta else get_be32(self.bytes + self.at)
         limit = self.page_size if delta else self.page_size + ZLIB_OVERHEAD
@@ -581,107 +447,9 @@ cdef class RamScan:
         cdef ScanBlock *block = self.block_at(index)
         return {"zero": block.zero, "normal": block.normal, "xbzrle": block.xbzrle, "compressed": block.compressed}
 
-    # ---- the door: pages ----
-
     def end(self, int index):
         """One past the highest page of which a record came; see scan.pyi."""
         return self.block_at(index).end
-
-    cdef ScanBlock *kept_block(self, int index) except NULL:
-        cdef ScanBlock *block = self.block_at(index)
-        if block.entries == NULL and block.end:
-            raise ValueError("the scan was made without keeping pages, or the length of the block is not known")
-        return block
-
-    def read(self, int index, uint64_t first, uint64_t count):
-        """The content of pages; see scan.pyi."""
-        cdef ScanBlock *block = self.kept_block(index)
-        cdef uint64_t page
-        result = bytearray(count * self.page_size)
-        cdef uint8_t *target = result
-        for page in range(first, min(first + count, block.end)):
-            memcpy(
-                target + (page - first) * self.page_size, self.content(block.entries[page], self.page), self.page_size
-            )
-        return result
-
-    def export(self, int index, int fd, uint64_t first, uint64_t count):
-        """Write pages that are not zero to a file; see scan.pyi."""
-        cdef ScanBlock *block = self.kept_block(index)
-        cdef uint64_t page, written = 0
-        cdef uint64_t begin = first       # of the run at hand
-        cdef uint8_t *content
-        cdef iovec iov[RUN_LIMIT]
-        cdef int length = 0
-        cdef int error = 0
-        with nogil:
-            for page in range(first, min(first + count, block.end)):
-                content = self.nonzero_content(block.entries[page])
-                if content != NULL:
-                    if length == 0:
-                        begin = page
-                    iov[length].iov_base = content
-                    iov[length].iov_len = self.page_size
-                    length += 1
-                    written += 1
-                    if content != self.page and length < RUN_LIMIT:
-                        continue
-                error = write_run(fd, iov, length, begin * self.page_size)
-                length = 0
-                if error:
-                    break
-            if not error:
-                error = write_run(fd, iov, length, begin * self.page_size)
-        if error:
-            raise OSError(error, os.strerror(error))
-        return written
-
-    def next_difference(
-        self, int index, RamScan other not None, int other_index, uint64_t first, uint64_t limit
-    ):
-        """The next run of pages that differ; see scan.pyi."""
-        cdef ScanBlock *mine = self.kept_block(index)
-        cdef ScanBlock *theirs = other.kept_block(other_index)
-        cdef uint64_t page, begin = limit, end = limit
-        if self.page_size != other.page_size:
-            raise ValueError(f"page sizes {self.page_size} and {other.page_size} differ")
-        with nogil:
-            for page in range(first, limit):
-                if self.differs(mine, other, theirs, page):
-                    begin = page
-                    break
-            for page in range(begin, limit):
-                if not self.differs(mine, other, theirs, page):
-                    end = page
-                    break
-        return begin, end
-
-    cdef int differs(self, ScanBlock *mine, RamScan other, ScanBlock *theirs, uint64_t page) except -1 nogil:
-        cdef uint64_t here = mine.entries[page] if page < mine.end else PAGE_ABSENT
-        cdef uint64_t there = theirs.entries[page] if page < theirs.end else PAGE_ABSENT
-        if here <= PAGE_ZERO and there <= PAGE_ZERO:
-            return 0
-        return memcmp(self.content(here, self.page), other.content(there, other.other_page), self.page_size) != 0
-
-
-cdef int write_run(int fd, iovec *iov, int count, uint64_t offset) noexcept nogil:
-    """Write *count* pages that follow each other in the file; returns 0 or errno."""
-    cdef int at = 0
-    cdef ssize_t written
-    while at < count:
-        written = pwritev(fd, iov + at, count - at, offset)
-        if written < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        offset += written
-        while at < count and <size_t> written >= iov[at].iov_len:
-            written -= iov[at].iov_len
-            at += 1
-        if written:
-            iov[at].iov_base = <uint8_t *> iov[at].iov_base + written
-            iov[at].iov_len -= written
-    return 0
 
 
 cdef int write_whole(int fd, const uint8_t *data, size_t size, uint64_t offset) noexcept nogil:

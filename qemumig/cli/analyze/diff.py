@@ -150,7 +150,7 @@ def _compare_block(left: Stream, right: Stream, name: str, look_round: Callable[
         limit = min(start + _BATCH_PAGES, end)
         first = start
         while first < limit:
-            begin, stop = left.scan.next_difference(here.index, right.scan, there.index, first, limit)
+            begin, stop = left.pages.next_difference(here.index, right.pages, there.index, first, limit)
             if begin < limit:
                 _add_run(result, begin, stop - begin)
             first = max(stop, begin)

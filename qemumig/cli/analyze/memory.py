@@ -47,7 +47,7 @@ def extract(
         os.ftruncate(fd, block.length)
         written = 0
         for first, count in _batches(stream.scan.end(block.index)):
-            written += stream.scan.export(block.index, fd, first, count)
+            written += stream.pages.export(block.index, fd, first, count)
             recording.let_go()
             look_round((first + count) * stream.page_size, block.length)
         os.ftruncate(fd, block.length)  # the last page may reach behind a block that is no multiple of a page
@@ -63,7 +63,7 @@ def digest(stream: Stream, recording: Recording, block: Block, look_round: Calla
     result = hashlib.sha256()
     pages = -(-block.length // stream.page_size)
     for first, count in _batches(pages):
-        data = stream.scan.read(block.index, first, count)
+        data = stream.pages.read(block.index, first, count)
         result.update(memoryview(data)[: block.length - first * stream.page_size])
         recording.let_go()
         look_round((first + count) * stream.page_size, block.length)

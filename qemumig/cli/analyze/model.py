@@ -6,9 +6,11 @@ Offsets are those of the file, lengths are in bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import IO
 
 from ...ram.scan import RamScan
+from ...ram.scan_pages import ScannedPages
 from ...savevm.commands import Command
 from ...savevm.sections import Configuration
 from ...savevm.vmdesc import DescribedField
@@ -100,6 +102,12 @@ class Stream:
     problems: list[Problem] = field(default_factory=list)
     scan: RamScan | None = None
     scratch: IO[bytes] | None = None  # the pages that deltas have changed; lives as long as the scan
+
+    @cached_property
+    def pages(self) -> ScannedPages:
+        """The memory in it; there is a scan."""
+        assert self.scan is not None
+        return ScannedPages(self.scan)
 
     @property
     def sections(self) -> list[Section]:

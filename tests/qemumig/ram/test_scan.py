@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qemumig.errors import StreamError
 from qemumig.ram.scan import RamScan
+from qemumig.ram.scan_pages import ScannedPages
 from tests.support.plain_stream import patched
 
 PAGE = 4096
@@ -33,9 +34,9 @@ def zero(page: int) -> bytes:
     return record(page, 0x002, b"\0")
 
 
-def compressed(page: int, content: bytes) -> bytes:
+def compressed(page: int, content: bytes, name: bytes = b"r") -> bytes:
     data = zlib.compress(content)
-    return record(page, 0x100, struct.pack(">I", len(data)) + data)
+    return record(page, 0x100, struct.pack(">I", len(data)) + data, name)
 
 
 def delta(page: int, patch: bytes) -> bytes:
@@ -78,7 +79,7 @@ def test_memory_is_what_the_records_leave_one_after_the_other(several: list[tupl
             memory[page] = content or bytes(PAGE)
     with tempfile.TemporaryFile() as file:
         scan = walked(data, file.fileno(), 4)
-        assert scan.read(0, 0, 4) == b"".join(memory)
+        assert ScannedPages(scan).read(0, 0, 4) == b"".join(memory)
     assert sum(scan.counts(0).values()) == len(several)
 
 
@@ -86,20 +87,30 @@ def test_export_writes_every_page_that_is_not_zero_at_its_place(directory: Path,
     pages = [page for page in range(PAGES) if page % 67]
     data = b"".join(plain(page, bytes([page % 255 + 1]) * PAGE) for page in pages)
     data += zero(5) + plain(6, bytes(PAGE)) + delta(7, b"\0\1x") + compressed(8, b"c" * PAGE) + delta(9, b"\0\1y")
-    scan = walked(data, scratch)
+    scanned = ScannedPages(walked(data, scratch))
     out = directory / "out"
     with open(out, "w+b") as file:
-        written = scan.export(0, file.fileno(), 0, PAGES)
+        written = scanned.export(0, file.fileno(), 0, PAGES)
     assert written == len(pages) - 2
-    assert out.read_bytes() == scan.read(0, 0, PAGES)
+    assert out.read_bytes() == scanned.read(0, 0, PAGES)
 
 
 def test_next_difference_gives_runs(scratch: int) -> None:
     data = b"".join(plain(page, b"x" * PAGE) for page in (1, 2, 9))
-    left, right = walked(data, scratch), walked(zero(0) + plain(9, b"x" * PAGE), scratch)
+    left, right = (ScannedPages(walked(each, scratch)) for each in (data, zero(0) + plain(9, b"x" * PAGE)))
     assert left.next_difference(0, right, 0, 0, PAGES) == (1, 3)
     assert right.next_difference(0, left, 0, 2, PAGES) == (2, 3)
     assert left.next_difference(0, right, 0, 3, PAGES) == (PAGES, PAGES)
+
+
+def test_pages_of_one_scan_can_be_compared_with_each_other(scratch: int) -> None:
+    scan = RamScan(compressed(0, b"a" * PAGE) + compressed(0, b"b" * PAGE, b"s") + EOS, PAGE, True, scratch)
+    for name in (b"r", b"s"):
+        scan.add_block(name, 1)
+    scan.walk_body(0)
+    pages = ScannedPages(scan)
+    assert pages.next_difference(0, pages, 1, 0, 1) == (0, 1)
+    assert pages.next_difference(0, pages, 0, 0, 1) == (1, 1)
 
 
 def test_blocks_are_taken_up_until_a_list_is_known() -> None:
@@ -134,4 +145,4 @@ def test_the_caller_is_told_of_its_own_mistakes(scratch: int) -> None:
         without = RamScan(zero(0) + EOS, PAGE)
         without.add_block(b"r", 1)
         without.walk_body(0)
-        without.read(0, 0, 1)
+        ScannedPages(without).read(0, 0, 1)
