@@ -24,33 +24,30 @@ import errno
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError, StreamError
-from ..machine import GLOBALSTATE_SECTION, DeviceSection, Machine
+from ..machine import Machine
 from ..multifd.senders import Senders
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
-from ..ram import live, live_multifd
+from ..ram import live_multifd
 from ..ram.live import RamSource
 from ..ram.live_multifd import MultifdRamSource
 from ..ram.mapped import MappedRamSource
-from ..savevm import commands, sections, vmdesc
-from ..savevm.devices.globalstate import GlobalState
-from ..savevm.sections import SectionHeader
+from ..savevm import commands
 from ..states import StatusMachine
 from ..threads import start_thread
 from ..wire.format import SectionType
 from ..wire.stream import OutputStream
 from .convergence import AutoConverge, DirtyRate, Pacer, SwitchoverRule
 from .return_path import ITS_WORDS, ReturnPath, Verdict
+from .writer import StreamWriter
 
 PING_OPENED = 1  # the first one, as QEMU numbers it
 PING_ALL_LOADED = 0x10  # behind the last section: its answer says that all of them were loaded
-RAM_SECTION_ID = 1  # the devices' follow
 HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # how a destination that refuses looks to who still writes
 LONGEST_ROUND_S = 5.0
 LAST_WORD_S = 2.0  # for what the destination said before it closed the connection, which a busy host delivers late
@@ -91,7 +88,7 @@ class Attempt:
         self.converge = AutoConverge(options, machine.throttle_vcpus)
         self._synced_s = 0.0
         self.precopy_bytes = 0
-        self.out: OutputStream | None = None
+        self.writer: StreamWriter | None = None
         self._states = states
         self._open_channel = open_channel
         self._quit = quit_event
@@ -108,7 +105,6 @@ class Attempt:
         self._noted_runstate: RunState | None = None  # before the guest was stopped for the switchover
         self._logging = False
         self._stop_s = 0.0
-        self._configuration_description: Any = None
         self._thread: threading.Thread | None = None
 
     # ---- for others ----
@@ -218,7 +214,8 @@ class Attempt:
         self._stop_guest()
         self._enter_device()
         self._send_rest()
-        self._commit(self._save_devices())
+        assert self.writer is not None and self._noted_runstate is not None
+        self._commit(self.writer.write_devices(self.machine, self._noted_runstate))
         self._confirm()
 
     def _move(self, expected: MigrationStatus, new: MigrationStatus) -> None:
@@ -234,7 +231,7 @@ class Attempt:
                 raise MigrationCancelled("the migration was cancelled")
         if self.machine.runstate is RunState.RUNNING:
             channel.share_core()
-        self.out = OutputStream(channel)
+        self.writer = StreamWriter(OutputStream(channel), self.options)
         if self._wants_return_path(channel):
             self._return_path = ReturnPath(channel, self._return_path_has_ended)
             self._return_path.start()
@@ -272,36 +269,29 @@ class Attempt:
     # ---- setup and rounds: the guest runs ----
 
     def _set_up(self) -> None:
-        assert self.out is not None
-        machine, options = self.machine, self.options
+        assert self.writer is not None
+        machine = self.machine
         if self._logs_writes:
             self._logging = True
             machine.dirty_log.start()
         self.ram = self._new_ram()
         if self._logs_writes:
             self._sync()
-        trace.savevm_state_header()
-        self.out.write(sections.encode_file_header())
-        if options.migration_property("send-configuration"):
-            uuid = machine.uuid if options.capability("validate-uuid") else None
-            on = [name for name, state in options.capabilities().items() if state]
-            configuration = sections.Configuration.of(machine.machine_type, capabilities=on, uuid=uuid)
-            data, self._configuration_description = sections.encode_configuration(configuration)
-            self.out.write(data)
+        self.writer.write_head(machine)
         if self._return_path is not None:
-            self._command(commands.OpenReturnPath())
-            self._command(commands.Ping(PING_OPENED))
+            self.writer.command(commands.OpenReturnPath())
+            self.writer.command(commands.Ping(PING_OPENED))
         self._advise()
         trace.savevm_state_setup()
-        self._begin(SectionType.QEMU_VM_SECTION_START)
+        self.writer.begin_section(SectionType.QEMU_VM_SECTION_START)
         self.ram.write_block_list()
-        self._end_section()
+        self.writer.end_section()
         self.pacer.restart(self.ram.sent_bytes, 0)
 
     def _new_ram(self) -> RamSource:
         """All of RAM, on the way that the capabilities ask for."""
-        assert self.out is not None
-        what = self.machine.ram_blocks, self.machine.dirty_log, self.out, self.options
+        assert self.writer is not None
+        what = self.machine.ram_blocks, self.machine.dirty_log, self.writer.out, self.options
         if self._senders is not None:
             return MultifdRamSource(*what, self._senders)
         return MappedRamSource(*what) if self.options.capability("mapped-ram") else RamSource(*what)
@@ -315,7 +305,7 @@ class Attempt:
 
     def _send_rounds(self) -> None:
         """Send PARTs until what is left can be sent while the guest stands still."""
-        assert self.out is not None and self.ram is not None
+        assert self.writer is not None and self.ram is not None
         rule = SwitchoverRule()
         while not self._wants_postcopy():
             sent = self.ram.sent_bytes
@@ -332,9 +322,9 @@ class Attempt:
                 elif self._is_sync_due():
                     self._sync()
                 trace.savevm_state_iterate()
-                self._begin(SectionType.QEMU_VM_SECTION_PART)
+                self.writer.begin_section(SectionType.QEMU_VM_SECTION_PART)
                 self.ram.write_part(allowance)
-                self._end_section()
+                self.writer.end_section()
                 self.precopy_bytes = self.ram.sent_bytes - self.ram.multifd_bytes
             if self._quit.is_set():
                 raise MigrationCancelled("the migration was cancelled")
@@ -402,61 +392,21 @@ class Attempt:
             raise ChannelError(text, channel=channel.name, errno=errno.EPIPE)
 
     def _send_rest(self) -> None:
-        assert self.out is not None and self.ram is not None
+        assert self.writer is not None and self.ram is not None
         if self.options.migration_property("send-switchover-start"):
-            self._command(commands.SwitchoverStart())
+            self.writer.command(commands.SwitchoverStart())
         self._sync()
-        self._begin(SectionType.QEMU_VM_SECTION_END)
+        self.writer.begin_section(SectionType.QEMU_VM_SECTION_END)
         self.ram.write_rest()
-        self._end_section()
+        self.writer.end_section()
         trace.vmstate_downtime_checkpoint("src-iterable-saved")
-
-    def _save_devices(self) -> bytes:
-        """Write every device section; returns the last write: the end mark and the description of the devices."""
-        assert self.out is not None
-        devices = []
-        for section_id, data, description in self._encode_devices():
-            self.out.write(data)
-            trace.savevm_section_end(section_id, self.out.offset)
-            devices.append(description)
-        trace.vmstate_downtime_checkpoint("src-non-iterable-saved")
-        return self._last_words(devices)
-
-    def _last_words(self, devices: list[Any]) -> bytes:
-        """The end mark, and the description of *devices*."""
-        text = vmdesc.encode(devices, configuration=self._configuration_description)
-        return bytes([SectionType.QEMU_VM_EOF]) + sections.encode_vmdescription(text)
-
-    def _saved_devices(self) -> bytes:
-        """All that follows memory, in one piece."""
-        encoded = list(self._encode_devices())
-        return b"".join(data for _, data, _ in encoded) + self._last_words([description for _, _, description in encoded])
-
-    def _encode_devices(self) -> Iterator[tuple[int, bytes, Any]]:
-        """Every device section: its id, its bytes with the footer, its description."""
-        assert self._noted_runstate is not None
-        saved = list(self.machine.save_device_state())
-        if self.options.migration_property("store-global-state"):
-            saved.append((GLOBALSTATE_SECTION, GlobalState.of(self._noted_runstate)))
-        for section_id, (section, record) in enumerate(saved, start=RAM_SECTION_ID + 1):
-            if section.vmstate.is_needed(record):
-                yield section_id, *self._encode_device(section_id, section, record)
-
-    def _encode_device(self, section_id: int, section: DeviceSection, record: Any) -> tuple[bytes, Any]:
-        idstr, instance_id, version_id = section.idstr, section.instance_id, section.vmstate.version_id
-        trace.savevm_section_start(idstr, section_id)
-        state, description = section.vmstate.save(record)
-        trace.vmstate_save(idstr, instance_id, len(state))
-        header = SectionHeader(SectionType.QEMU_VM_SECTION_FULL, section_id, idstr, instance_id, version_id)
-        data = sections.encode_section_header(header) + state + self._footer_of(section_id)
-        return data, vmdesc.device(idstr, instance_id, description)
 
     def _commit(self, last: bytes) -> None:
         """The last write: nothing of it may leave before everything else has, nor after a cancel."""
-        assert self.out is not None and self._channel is not None
-        self.out.flush()
+        assert self.writer is not None and self._channel is not None
+        self.writer.out.flush()
         if self._return_path is not None:
-            self._command(commands.Ping(PING_ALL_LOADED))
+            self.writer.command(commands.Ping(PING_ALL_LOADED))
             if not self._return_path.wait_pong(PING_ALL_LOADED):
                 text = "the return path ended before the destination had loaded the guest"
                 raise self._return_path.error or ChannelError(text, channel=self._channel.name)
@@ -465,14 +415,14 @@ class Attempt:
                 raise MigrationCancelled("the migration was cancelled")
             self._committed = True
         trace.migration_commit(len(last), self._noted_runstate.value if self._noted_runstate else "")
-        accepted = self.out.accepted_bytes()
+        accepted = self.writer.out.accepted_bytes()
         try:
-            self.out.write(last)
-            self.out.flush()
+            self.writer.out.write(last)
+            self.writer.out.flush()
         except ChannelError:
             with self._lock:
                 self._severed = True  # the error was told to the writer: the reader may see an ordinary end
-                if self._channel.stored or self.out.accepted_bytes() == accepted:
+                if self._channel.stored or self.writer.out.accepted_bytes() == accepted:
                     self._committed = False  # nobody can have begun to act on it
             raise
 
@@ -596,30 +546,3 @@ class Attempt:
         self._quit.close()
         self._proceed.close()
         self._states.advance(MigrationStatus.CANCELLING, MigrationStatus.CANCELLED)
-
-    # ---- pieces of the stream ----
-
-    def _begin(self, kind: SectionType) -> None:
-        assert self.out is not None
-        trace.savevm_section_start(live.IDSTR, RAM_SECTION_ID)
-        header = SectionHeader(kind, RAM_SECTION_ID, live.IDSTR, live.INSTANCE_ID, live.VERSION_ID)
-        self.out.write(sections.encode_section_header(header))
-
-    def _end_section(self) -> None:
-        assert self.out is not None
-        self._footer(RAM_SECTION_ID)
-        self.out.flush()
-
-    def _footer(self, section_id: int) -> None:
-        assert self.out is not None
-        self.out.write(self._footer_of(section_id))
-        trace.savevm_section_end(section_id, self.out.offset)
-
-    def _footer_of(self, section_id: int) -> bytes:
-        wanted = self.options.migration_property("send-section-footer")
-        return sections.encode_section_footer(section_id) if wanted else b""
-
-    def _command(self, command: commands.Command) -> None:
-        assert self.out is not None
-        self.out.write(commands.encode_command(command))
-        self.out.flush()

@@ -36,8 +36,9 @@ from ..savevm import commands
 from ..states import IN_POSTCOPY
 from ..wire.format import TARGET_PAGE_SIZE, RamSaveFlag, SectionType
 from ..wire.stream import InputStream, OutputStream
-from .attempt import LAST_WORD_S, PING_OPENED, RAM_SECTION_ID, Attempt
+from .attempt import LAST_WORD_S, PING_OPENED, Attempt
 from .return_path import ReturnPath, Verdict
+from .writer import StreamWriter
 
 PING_DISCARDED, PING_LOADED, PING_TAKEN, PING_SWITCHED = 2, 3, 0x42, 4  # as QEMU numbers them
 PART_S = 0.05
@@ -147,7 +148,8 @@ class PostcopyAttempt(Attempt):
 
     def _further_bytes(self) -> int:
         """On the channels that there are now, without the first one, whose bytes `ram` counts."""
-        outs = (self.out if self._is_recovered else None, self._urgent)
+        writer = self.writer if self._is_recovered else None  # once: a lost connection takes it away
+        outs = (writer.out if writer is not None else None, self._urgent)
         return sum(out.offset for out in outs if out is not None)
 
     @property
@@ -166,10 +168,10 @@ class PostcopyAttempt(Attempt):
     # ---- before the switch ----
 
     def _advise(self) -> None:
-        assert self.ram is not None
+        assert self.writer is not None and self.ram is not None
         summary = reduce(or_, (block.page_size for block in self.ram.blocks))
         trace.qemu_savevm_send_postcopy_advise()
-        self._command(commands.PostcopyAdvise(summary, TARGET_PAGE_SIZE))
+        self.writer.command(commands.PostcopyAdvise(summary, TARGET_PAGE_SIZE))
         if self.options.migration_property("x-preempt-pre-7-2"):
             self._connect_urgent()
 
@@ -204,27 +206,28 @@ class PostcopyAttempt(Attempt):
 
     def _sync_channels(self) -> None:
         """Whatever went by channels of multifd is in memory there before anything of it is discarded (postcopy.md §10)."""
+        assert self.writer is not None
         if isinstance(self.ram, MultifdRamSource):
-            self._begin(SectionType.QEMU_VM_SECTION_PART)
+            self.writer.begin_section(SectionType.QEMU_VM_SECTION_PART)
             self.ram.write_sync()
-            self._end_section()
+            self.writer.end_section()
 
     # ---- the switch ----
 
     def _hand_over(self) -> None:
-        assert self.out is not None and self.ram is not None and self._return_path is not None
+        assert self.writer is not None and self.ram is not None and self._return_path is not None
         trace.postcopy_start()
         if self.options.migration_property("send-switchover-start"):
-            self._command(commands.SwitchoverStart())
+            self.writer.command(commands.SwitchoverStart())
         self._sync()
         self.server = PageServer(self.ram.dirty)
-        self.server.connect(self.out, self._urgent)
+        self.server.connect(self.writer.out, self._urgent)
         self.server.make_uniform()
         trace.ram_postcopy_send_discard_bitmap()
         self.server.put_discards()
         if self.options.capability("release-ram"):
             self.server.note_clean()
-        self._command(commands.Ping(PING_DISCARDED))
+        self.writer.command(commands.Ping(PING_DISCARDED))
         package = self._package()
         self._return_path.talk = self
         self._move(MigrationStatus.DEVICE, MigrationStatus.POSTCOPY_DEVICE)
@@ -237,25 +240,26 @@ class PostcopyAttempt(Attempt):
     def _package(self) -> bytes:
         """LISTEN, device state, and RUN, as one."""
         pings = commands.encode_command(commands.Ping(PING_LOADED)) + commands.encode_command(commands.Ping(PING_TAKEN))
-        devices = b"".join(data for _, data, _ in self._encode_devices())
+        assert self.writer is not None and self._noted_runstate is not None
+        devices = b"".join(data for _, data, _ in self.writer.encode_devices(self.machine, self._noted_runstate))
         listen, run = commands.PostcopyListen(), commands.PostcopyRun()
         return commands.encode_command(listen) + devices + pings + commands.encode_command(run)
 
     def _send_package(self, package: bytes) -> None:
         """From the last byte on the guest may be there; before it, nobody acts on any of it."""
-        assert self.out is not None
-        self.out.flush()
+        assert self.writer is not None
+        self.writer.out.flush()
         trace.savevm_send_postcopy_listen()
         trace.savevm_send_postcopy_run()
         try:
-            self.out.write(commands.encode_command(commands.Packaged(len(package))) + package)
-            self.out.flush()
+            self.writer.out.write(commands.encode_command(commands.Packaged(len(package))) + package)
+            self.writer.out.flush()
         except MigrationError:
-            if self.out.pending_bytes():
+            if self.writer.out.pending_bytes():
                 with self._lock:
                     self._committed = False
             raise
-        self._command(commands.Ping(PING_SWITCHED))
+        self.writer.command(commands.Ping(PING_SWITCHED))
 
     # ---- pages ----
 
@@ -272,32 +276,32 @@ class PostcopyAttempt(Attempt):
 
     def _serve(self) -> None:
         """PARTs, until everything was sent."""
-        assert self.out is not None and self.server is not None
+        assert self.writer is not None and self.server is not None
         if (channel := self._channel) is not None:
             channel.keep_short()
-        self.pacer.restart(self.out.offset, self.server.normal_pages)
+        self.pacer.restart(self.writer.out.offset, self.server.normal_pages)
         done = False
         while not done:
-            allowance = self.pacer.allowance(self.out.offset, "max-postcopy-bandwidth")
-            self._begin(SectionType.QEMU_VM_SECTION_PART)
+            allowance = self.pacer.allowance(self.writer.out.offset, "max-postcopy-bandwidth")
+            self.writer.begin_section(SectionType.QEMU_VM_SECTION_PART)
             done = self._serve_part(allowance)
             if self._taken and self.options.capability("release-ram"):
                 self.server.begin_release()
-            self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
-            self._end_section()
+            self.writer.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+            self.writer.end_section()
             self._require_path()
-            if not done and not self.pacer.allowance(self.out.offset, "max-postcopy-bandwidth"):
+            if not done and not self.pacer.allowance(self.writer.out.offset, "max-postcopy-bandwidth"):
                 self._wait_for_window()
-            self.pacer.update(self.out.offset, self.server.normal_pages + self.server.zero_pages)
+            self.pacer.update(self.writer.out.offset, self.server.normal_pages + self.server.zero_pages)
 
     def _serve_part(self, allowance: int) -> bool:
-        assert self.out is not None and self.server is not None
+        assert self.writer is not None and self.server is not None
         deadline = time.monotonic() + PART_S
-        end = self.out.offset + allowance
+        end = self.writer.out.offset + allowance
         while True:
-            if self.server.serve(min(STEP_BYTES, max(end - self.out.offset, 0)), STEP_PAGES):
+            if self.server.serve(min(STEP_BYTES, max(end - self.writer.out.offset, 0)), STEP_PAGES):
                 return True
-            if self.out.offset >= end or time.monotonic() > deadline:
+            if self.writer.out.offset >= end or time.monotonic() > deadline:
                 return False
 
     def _wait_for_window(self) -> None:
@@ -319,20 +323,20 @@ class PostcopyAttempt(Attempt):
 
     def _finish_stream(self) -> None:
         """Everything was sent: say so, and wait for the destination's last word."""
-        assert self.out is not None and self._return_path is not None
+        assert self.writer is not None and self._return_path is not None
         path = self._return_path
         with self._changed:
             self._changed.wait_for(lambda: self._taken or path.verdict is not None)
         self._require_path()
         trace.migration_completion_postcopy_end()
-        self._begin(SectionType.QEMU_VM_SECTION_END)
-        self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
-        self._footer(RAM_SECTION_ID)
+        self.writer.begin_section(SectionType.QEMU_VM_SECTION_END)
+        self.writer.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+        self.writer.end_section()
         if self._urgent is not None and self.options.migration_property("x-preempt-pre-7-2"):
             self._urgent.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
             self._urgent.flush()
-        self.out.write(bytes([SectionType.QEMU_VM_EOF]))
-        self.out.flush()
+        self.writer.out.write(bytes([SectionType.QEMU_VM_EOF]))
+        self.writer.out.flush()
         trace.migration_completion_postcopy_end_after_complete()
         self._return_path.wait()
         if self._return_path.verdict is not Verdict.TAKEN:
@@ -362,7 +366,7 @@ class PostcopyAttempt(Attempt):
     def _close_link(self) -> None:
         """Give the connection back; what it carried counts on."""
         self._earlier_bytes += self._further_bytes()
-        self.out = self._urgent = None
+        self.writer = self._urgent = None
         with self._lock:
             channels = self._channel, self._urgent_channel
             self._channel = self._urgent_channel = None
@@ -397,10 +401,10 @@ class PostcopyAttempt(Attempt):
         assert self.server is not None and self.ram is not None
         with self._lock:
             self._channel, self._severed = channel, False
-        self.out = OutputStream(channel)
+        self.writer = StreamWriter(OutputStream(channel), self.options)
         self._is_recovered = True
         self.server.forget_requests()
-        self.server.connect(self.out)
+        self.server.connect(self.writer.out)
         with self._changed:
             self._resumed = False
             self._awaited = {block.idstr for block in self.ram.blocks}
@@ -411,13 +415,13 @@ class PostcopyAttempt(Attempt):
         if self.options.migration_property("x-preempt-pre-7-2"):
             self._connect_urgent()
         for block in self.ram.blocks:
-            self._command(commands.RecvBitmap(block.idstr))
+            self.writer.command(commands.RecvBitmap(block.idstr))
         self._wait_in_recovery(lambda: not self._awaited)
         self.server.make_uniform()
         self._connect_urgent()
-        self.server.connect(self.out, self._urgent)
+        self.server.connect(self.writer.out, self._urgent)
         trace.savevm_send_postcopy_resume()
-        self._command(commands.PostcopyResume())
+        self.writer.command(commands.PostcopyResume())
         self._wait_in_recovery(lambda: self._resumed)
         trace.postcopy_pause_continued()
         self.error = None

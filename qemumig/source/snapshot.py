@@ -48,14 +48,14 @@ class SnapshotAttempt(Attempt):
         """There is one round, and it comes after the instant."""
 
     def _switch_over(self) -> None:
-        assert self.out is not None and self.ram is not None
+        assert self.writer is not None and self.ram is not None
         uffd = Userfaultfd(WRITE_PROTECT | WRITE_PROTECT_MISSING | WRITE_PROTECT_SHARED)
         try:
             for block in self.ram.blocks:
                 uffd.register_protected(block.host_address, block.used_length, block.idstr)
                 _populate(block.host_address, block.used_length, block.idstr)
             server = PageServer(self.ram.dirty)
-            server.connect(self.out)
+            server.connect(self.writer.out)
             server.unprotect_by(uffd)
             try:
                 devices = self._freeze(server)
@@ -65,20 +65,21 @@ class SnapshotAttempt(Attempt):
                 self._sent = server.zero_pages, server.normal_pages
         finally:
             self._thaw(uffd)
-        self.out.write(devices)
-        self.out.flush()
+        self.writer.out.write(devices)
+        self.writer.out.flush()
         self.total_s = time.monotonic() - self.start_s
         self._move(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
 
     def _freeze(self, server: PageServer) -> bytes:
         """The instant: the guest stops, its devices are saved, its pages protected, and it runs again."""
+        assert self.writer is not None
         self._stop_s = time.monotonic()
         noted = self._noted_runstate = self.machine.runstate
         if noted is RunState.RUNNING:
             self.machine.stop(RunState.PAUSED)
         devices = b""
         try:
-            devices = self._saved_devices()
+            devices = self.writer.devices_in_one_piece(self.machine, noted)
             server.protect_all()
         finally:
             if noted is RunState.RUNNING:
@@ -87,15 +88,15 @@ class SnapshotAttempt(Attempt):
         return devices
 
     def _send_all(self, server: PageServer) -> None:
-        assert self.out is not None
+        assert self.writer is not None
         done = False
         while not done:
             deadline = time.monotonic() + PART_S
-            self._begin(SectionType.QEMU_VM_SECTION_PART)
+            self.writer.begin_section(SectionType.QEMU_VM_SECTION_PART)
             while not done and time.monotonic() < deadline:
                 done = server.serve(STEP_BYTES, STEP_PAGES)
-            self.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
-            self._end_section()
+            self.writer.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
+            self.writer.end_section()
             if self._quit.is_set():
                 raise MigrationCancelled("the migration was cancelled")
 

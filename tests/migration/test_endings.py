@@ -20,6 +20,7 @@ from qemumig.errors import MigrationError, StateError
 from qemumig.qapi import RunState
 from qemumig.savevm import commands
 from qemumig.source.attempt import Attempt
+from qemumig.source.writer import StreamWriter
 from tests.support.pair import Cut, Pair, wait_for
 
 
@@ -247,7 +248,7 @@ def test_a_reset_that_the_writer_took_is_no_refusal(answer: str, monkeypatch: py
             assert broke.wait(10)
 
     monkeypatch.setattr(trace, "source_return_path_thread_pong", hold_reader)
-    monkeypatch.setattr(Attempt, "_last_words", lambda attempt, devices: bytes(64 << 20))  # more than a link holds
+    monkeypatch.setattr(StreamWriter, "last_words", lambda writer, described: bytes(64 << 20))  # more than a link holds
     give_up = Attempt._give_up
 
     def judge(attempt: Attempt, error: MigrationError | None = None) -> None:
