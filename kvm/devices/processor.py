@@ -14,8 +14,9 @@ from typing import Any
 
 from qemumig.machine import DeviceSection
 from qemumig.savevm.devices.apic import APIC, ApicState
-from qemumig.savevm.devices.cpu import CPU, CpuState
+from qemumig.savevm.devices.cpu import CPU
 from qemumig.savevm.devices.cpu_common import CPU_COMMON, CpuCommonState
+from qemumig.savevm.devices.cpu_state import CpuState
 
 from ..cpuid import CpuModel
 from ..state.apic import load_apic, save_apic

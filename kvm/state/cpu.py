@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from qemumig.savevm.devices.cpu import CpuState, derive_hflags
+from qemumig.savevm.devices.cpu_state import CpuState, derive_hflags
 
 from ..errors import KvmError
 from ..structs import kvm_sregs, kvm_sregs2, kvm_xcrs

@@ -8,7 +8,7 @@ other side.
 
 from __future__ import annotations
 
-from qemumig.savevm.devices.cpu import CpuState
+from qemumig.savevm.devices.cpu_state import CpuState
 
 from ..structs import (
     KVM_MP_STATE_SIPI_RECEIVED,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from qemumig.savevm.devices.cpu import Avx512, CpuState, FpopIpDp, FpReg
+from qemumig.savevm.devices.cpu_state import Avx512, CpuState, FpopIpDp, FpReg
 
 from .errors import UnsupportedStateError
 

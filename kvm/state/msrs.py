@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from qemumig.savevm.devices.cpu import CpuState
+from qemumig.savevm.devices.cpu_state import CpuState
 
 from .errors import UnsupportedStateError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qemumig.savevm.devices.cpu import CpuState, Segment
+from qemumig.savevm.devices.cpu_state import CpuState, Segment
 
 from ..structs import (
     KVM_SREGS2_FLAGS_PDPTRS_VALID,

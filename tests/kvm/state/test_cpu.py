@@ -18,8 +18,8 @@ from kvm.system import Kvm
 from kvm.vcpu import Vcpu
 from qemumig.errors import MachineError
 from qemumig.savevm.devices.apic import ApicState
-from qemumig.savevm.devices.cpu import (
-    CPU,
+from qemumig.savevm.devices.cpu import CPU
+from qemumig.savevm.devices.cpu_state import (
     ArchitecturalPmu,
     Avx512,
     CpuState,

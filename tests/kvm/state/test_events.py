@@ -7,7 +7,7 @@ import pytest
 
 from kvm.state.events import events_of, take_events
 from kvm.structs import kvm_vcpu_events
-from qemumig.savevm.devices.cpu import CpuState, ExceptionInfo
+from qemumig.savevm.devices.cpu_state import CpuState, ExceptionInfo
 
 HOST = SimpleNamespace(has_smm=False, has_payload=True, has_triple_fault=True)
 PLAIN_HOST = SimpleNamespace(has_smm=False, has_payload=False, has_triple_fault=False)

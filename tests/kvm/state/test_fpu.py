@@ -7,7 +7,7 @@ import pytest
 
 from kvm.state.errors import UnsupportedStateError
 from kvm.state.fpu import take_xsave, xsave_of
-from qemumig.savevm.devices.cpu import Avx512, CpuState, FpopIpDp
+from qemumig.savevm.devices.cpu_state import Avx512, CpuState, FpopIpDp
 
 INTEL = {2: (576, 256), 5: (1088, 64), 6: (1152, 512), 7: (1664, 1024), 9: (2688, 8)}
 AMD = {2: (576, 256), 5: (832, 64), 6: (896, 512), 7: (1408, 1024)}

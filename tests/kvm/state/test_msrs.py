@@ -4,7 +4,7 @@ import pytest
 
 from kvm.state.errors import UnsupportedStateError
 from kvm.state.msrs import ALWAYS_THERE, MACHINE_CHECK_BANKS, deadline_of, feature_control_of, indices, msrs_of, take_msrs
-from qemumig.savevm.devices.cpu import CpuState
+from qemumig.savevm.devices.cpu_state import CpuState
 
 HOST = frozenset({0x10, 0x11, 0x12, 0x17A, 0x17B, 0x1A0, 0x6E0, 0x174, 0x277, 0xC0000081, 0x4B564D05})
 OFFERED = HOST | ALWAYS_THERE | frozenset(MACHINE_CHECK_BANKS)

@@ -11,7 +11,7 @@ from kvm.state.registers import (
     take_sregs,
 )
 from kvm.structs import kvm_debugregs, kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2
-from qemumig.savevm.devices.cpu import CpuState, Segment
+from qemumig.savevm.devices.cpu_state import CpuState, Segment
 
 LONG_MODE = {"cr0": 0x80010033, "cr2": 0x77000, "cr3": 0x10000, "cr4": 0x40620, "efer": 0xD01}
 ORDER = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")

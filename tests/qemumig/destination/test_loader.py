@@ -21,7 +21,8 @@ from qemumig.ram.block import RAMBlock
 from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
 from qemumig.savevm import commands, sections
-from qemumig.savevm.devices.cpu import CPU, CpuState
+from qemumig.savevm.devices.cpu import CPU
+from qemumig.savevm.devices.cpu_state import CpuState
 from qemumig.savevm.sections import SectionHeader
 from qemumig.source.migration import Migration
 from qemumig.wire.format import SectionType

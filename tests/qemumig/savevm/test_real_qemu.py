@@ -20,8 +20,9 @@ import pytest
 
 from qemumig.savevm import sections, vmdesc
 from qemumig.savevm.devices.apic import APIC, ApicSipi, ApicState
-from qemumig.savevm.devices.cpu import CPU, CpuState
+from qemumig.savevm.devices.cpu import CPU
 from qemumig.savevm.devices.cpu_common import CPU_COMMON, CpuCommonState
+from qemumig.savevm.devices.cpu_state import CpuState
 from qemumig.savevm.devices.fw_cfg import FW_CFG, FwCfgState
 from qemumig.savevm.devices.serial import SERIAL, Fifo8, Poll, SerialState, Transmitter, Uart
 from qemumig.savevm.devices.timer import TIMER, Icount, IcountShift, IcountTimers, IcountWarp, TimerState

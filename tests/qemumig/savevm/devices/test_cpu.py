@@ -9,7 +9,8 @@ import pytest
 
 from qemumig.errors import StreamError
 from qemumig.savevm.devices import cpu as module
-from qemumig.savevm.devices.cpu import CPU, CpuState, FpReg, NestedState, NestedSvm, NestedVmx, Segment, derive_hflags
+from qemumig.savevm.devices.cpu import CPU
+from qemumig.savevm.devices.cpu_state import CpuState, FpReg, NestedState, NestedSvm, NestedVmx, Segment, derive_hflags
 from qemumig.savevm.reader import BytesReader
 
 FIXED_SIZE = 1817

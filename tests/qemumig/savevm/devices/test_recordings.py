@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qemumig.errors import StreamError
 from qemumig.savevm import sections, vmdesc
-from qemumig.savevm.devices.cpu import derive_hflags
+from qemumig.savevm.devices.cpu_state import derive_hflags
 from qemumig.savevm.reader import BytesReader
 from qemumig.wire.stream import InputStream
 from tests.qemumig.savevm import recorded

@@ -17,8 +17,8 @@ from qemumig.savevm.devices.acpi_ged import (
     MemorySlot,
 )
 from qemumig.savevm.devices.apic import APIC, ApicSipi, ApicState, count_shift_of
-from qemumig.savevm.devices.cpu import CpuState
 from qemumig.savevm.devices.cpu_common import CPU_COMMON, CpuCommonState
+from qemumig.savevm.devices.cpu_state import CpuState
 from qemumig.savevm.devices.fw_cfg import FW_CFG, AcpiBlobs, FwCfgState
 from qemumig.savevm.devices.i8254 import I8254, I8254State
 from qemumig.savevm.devices.i8259 import I8259, I8259State
