@@ -18,6 +18,12 @@ needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), rea
 CODE = 0x1000  # guest address where a program starts
 RAM_SIZE = 0x8000  # what lies above has no slot: an access there is an MMIO exit
 
+# Programs.
+OUT_A = "b041 e610 f4"  # mov al,'A'; out 0x10,al; hlt
+IN_TO_2000 = "e420 a20020 f4"  # in al,0x20; mov [0x2000],al; hlt
+SPIN = "ebfe"  # jmp $
+OUT_FOREVER = "e610 ebfc"  # out 0x10,al; jmp back
+
 IMAGE = Path(__file__).parent.parent / "guests" / "tinyguest.bin"
 SERIAL = 0x3F8
 LINE_STATUS = 0x3FD

@@ -18,7 +18,7 @@ from kvm.errors import KvmError
 from kvm.machine import MicroVM
 from qemumig.qapi import RunState
 from tests.kvm.devices.virtio_driver import Driver
-from tests.kvm.test_machine import Workshop, device_bytes, move
+from tests.kvm.workshop import Workshop, device_bytes, move
 from tests.qemumig.savevm import recorded
 from tests.support import guest, ticker
 from tests.support.guest import Letters
@@ -41,13 +41,6 @@ SECTIONS = {
     "rtc": {("mc146818rtc", 0)},
     "all": {("ioapic", 1), ("acpi-ged", 0), ("i8259", 0), ("i8259", 1), ("i8254", 0), ("mc146818rtc", 0)},
 }
-
-
-@pytest.fixture
-def workshop(directory: Path) -> Iterator[Workshop]:
-    workshop = Workshop(directory)
-    yield workshop
-    workshop.close()
 
 
 def ticking(workshop: Workshop, flags: int, chipset: Chipset = ALL, **config: Any) -> tuple[MicroVM, Letters]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qemumig.cli.guest import STATUS_ADDRESS
-from tests.kvm.test_main import system
+from tests.kvm.program import system
 
 pytestmark = pytest.mark.needs("kvm")
 

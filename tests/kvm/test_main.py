@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,115 +16,9 @@ import pytest
 from tests.support.host import qemumig_system
 from tests.support.vmm import open_files, thread_names, wait_until
 
-GUEST = Path(__file__).parents[1] / "guests" / "tinyguest.bin"
-PATIENCE_S = 20
-MACHINE = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off"
-BASE = ["-M", MACHINE, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm"]
-BASE += ["-cpu", "qemu64,pni=off", "-m", "32M"]
+from .program import BASE, GUEST, PATIENCE_S, connect_when_there, run, start, system
 
 needs_kvm = pytest.mark.needs("kvm")
-
-
-class System:
-    """One running qemumig-system with a QMP socket and its serial port in a file."""
-
-    def __init__(self, directory, name="vm", *argv, guest=GUEST):
-        self.directory = directory
-        self.qmp_path = directory / f"{name}.qmp"
-        self.serial_path = directory / f"{name}.serial"
-        self.process = start(
-            *BASE,
-            *("-bios", guest),
-            *("-serial", f"file:{self.serial_path}"),
-            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
-            *argv,
-        )
-        self.events = []
-
-    def connect(self):
-        """Negotiate on the QMP socket."""
-        self.socket = connect_when_there(self.qmp_path, self.process)
-        self.file = self.socket.makefile("rb")
-        self.greeting = self.message()
-        self.result("qmp_capabilities")
-        return self
-
-    def message(self):
-        return json.loads(self.file.readline())
-
-    def ask(self, command, **arguments):
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self.socket.sendall(json.dumps({"execute": command, "arguments": named}).encode())
-        while "event" in (message := self.message()):
-            self.events.append(message)
-        return message
-
-    def result(self, command, **arguments):
-        response = self.ask(command, **arguments)
-        assert "return" in response, response
-        return response["return"]
-
-    def event(self, name):
-        """The next event of that name; others before it are dropped."""
-        while True:
-            message = self.events.pop(0) if self.events else self.message()
-            if message.get("event") == name:
-                return message
-
-    def printed(self):
-        return self.serial_path.read_bytes()
-
-    def until_printed(self, count):
-        wait_until(lambda: len(self.printed()) >= count, "the guest prints", PATIENCE_S)
-
-    def end(self):
-        """Wait for the process; its exit status and what it said on stderr."""
-        _, said = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, said
-
-    def close(self):
-        if hasattr(self, "socket"):
-            self.file.close()
-            self.socket.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-
-
-def start(*argv):
-    command = [*shlex.split(qemumig_system()), *map(str, argv)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(*argv):
-    """Run to the end: exit status, stdout, stderr."""
-    process = start(*argv)
-    said, complained = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, said, complained
-
-
-def connect_when_there(path, process):
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(PATIENCE_S)
-        try:
-            client.connect(str(path))
-            return client
-        except OSError:
-            client.close()
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no QMP socket"
-            time.sleep(0.01)  # there is nothing to wait on before the file exists
-
-
-@contextlib.contextmanager
-def system(directory, name="vm", *argv, **options):
-    instance = System(directory, name, *argv, **options)
-    try:
-        yield instance.connect()
-    finally:
-        instance.close()
 
 
 # ---- a life ----
@@ -349,6 +242,31 @@ def test_monitor_clients_leave_no_descriptor_and_no_thread_behind(directory):
         assert (len(open_files(vm.process.pid)), sorted(thread_names(vm.process.pid))) == before
 
 
+@needs_kvm
+def test_a_signal_to_a_thread_that_takes_signals_ends_it_too(directory):
+    """What happens while a child process is being started with an ordinary signal mask."""
+    code = (
+        "import signal, sys, threading, kvm.main\n"
+        "from kvm.monitor import commands\n"
+        "def version():\n"
+        "    def body():\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    threading.Thread(target=body).start()\n"
+        "commands.version = version\n"
+        "sys.exit(kvm.main.main(sys.argv[1:]))\n"
+    )
+    argv = [*BASE, "-bios", GUEST, "-S", "-qmp", f"unix:{directory}/vm.qmp,server=on,wait=off"]
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    client = connect_when_there(directory / "vm.qmp", process)
+    client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-version"}')
+    _, said = process.communicate(timeout=PATIENCE_S)
+    client.close()
+    assert process.returncode == 0
+    assert said.endswith(": terminating on signal 15\n")
+    assert os.listdir(directory) == []
+
+
 # ---- life in the background ----
 
 
@@ -382,164 +300,6 @@ def test_daemonize_passes_an_error_on(directory):
     status, _, said = run(*BASE, "-bios", directory / "missing", "-daemonize")
     assert status == 1
     assert said == f"qemu: could not load PC BIOS '{directory}/missing'\n"
-
-
-# ---- what cannot be ----
-
-
-def program():
-    return Path(shlex.split(qemumig_system())[0]).name if "-c" not in shlex.split(qemumig_system()) else "-c"
-
-
-@pytest.mark.parametrize(
-    ("argv", "lines"),
-    [
-        (["-nosuch"], ["-nosuch: invalid option"]),
-        (
-            ["-serial", "foo"],
-            [
-                "-serial foo: 'foo' is not a valid char driver",
-                "-serial foo: could not connect serial device to character backend 'foo'",
-            ],
-        ),
-        (["-qmp", "none"], ["-qmp none: 'none' is not a valid char driver", "-qmp none: parse error: none"]),
-        (
-            ["-monitor", "unix:{d}/no/s"],
-            ["-monitor unix:{d}/no/s: Failed to connect to '{d}/no/s': No such file or directory"],
-        ),
-        (
-            ["-qtest", "unix:{d}/no/s"],
-            [
-                "Failed to connect to '{d}/no/s': No such file or directory",
-                'Failed to initialize device for qtest: "unix:{d}/no/s"',
-            ],
-        ),
-        (
-            ["-object", "tls-creds-x509,id=t,dir={d}/no"],
-            ["Unable to access credentials {d}/no/ca-cert.pem: No such file or directory"],
-        ),
-        (["-object", "memory-backend-ram,id=m,size=0"], ["property 'size' of memory-backend-ram doesn't take value '0'"]),
-        (["-add-fd", "fd=77,set=1"], ["-add-fd fd=77,set=1: fd is not valid or already in use"]),
-        (
-            ["-device", "loader,file={d}/no,addr=0"],
-            ["-device loader,file={d}/no,addr=0: Cannot load specified image {d}/no: No such file or directory"],
-        ),
-        (["-device", "ide-hd,drive=d0"], ["-device ide-hd,drive=d0: No 'IDE' bus found for device 'ide-hd'"]),
-        (["-hda", "{d}/no"], ["-hda {d}/no: Could not open '{d}/no': No such file or directory"]),
-        (
-            ["-drive", f"file={GUEST},format=raw,if=ide"],
-            [f"-drive file={GUEST},format=raw,if=ide: machine type does not support if=ide,bus=0,unit=0"],
-        ),
-        (
-            ["-kernel", str(GUEST)],
-            [f"-kernel {GUEST}: kernels are not loaded here; a firmware image is (-bios), or a boot sector (-hda)"],
-        ),
-        (["-vga", "std"], ["-vga std: there is no display here: leave it out or say -vga none"]),
-        (["-D", "{d}/no/log"], ["Error opening logfile {d}/no/log: No such file or directory"]),
-        (["-mon", "nope,mode=control"], ['-mon nope,mode=control: chardev "nope" not found']),
-        (["-pidfile", "{d}/no/pid"], ["cannot create PID file: Could not create '{d}/no/pid': No such file or directory"]),
-        (
-            ["-object", "memory-backend-ram,id=m0,size=8M", "-M", "memory-backend=m0"],
-            ["Machine memory size does not match the size of the memory backend"],
-        ),
-        (
-            ["-object", "memory-backend-file,id=m0,size=8M,mem-path={d}/no/ram"],
-            ["can't open backing store {d}/no/ram for guest RAM: No such file or directory"],
-        ),
-    ],
-)
-def test_a_start_that_fails_says_why_and_leaves_nothing(directory, argv, lines):
-    filled = [word.format(d=directory) for word in argv]
-    status, said, complained = run(*BASE, "-bios", GUEST, *filled)
-    assert (status, said) == (1, "")
-    assert complained.splitlines() == [f"{program()}: {line.format(d=directory)}" for line in lines]
-    assert os.listdir(directory) == []
-
-
-@needs_kvm
-@pytest.mark.parametrize(
-    ("argv", "line"),
-    [
-        (["-cpu", "foo"], "unable to find CPU model 'foo'"),
-        (["-incoming", "foo:bar"], "-incoming foo:bar: unknown migration protocol: foo:bar"),
-        (
-            ["-incoming", "unix:{d}/no/s"],
-            "-incoming unix:{d}/no/s: Failed to bind socket to {d}/no/s: No such file or directory",
-        ),
-        (
-            ["-device", "loader,addr=0xffffffff,data=1,data-len=2"],
-            "-device loader: 0xffffffff … 0x100000001 is not all RAM of this machine",
-        ),
-        (
-            ["-cpu", "host,invtsc=on", "-only-migratable"],
-            "disallowing migration blocker (--only-migratable) for: "
-            "State blocked by non-migratable CPU device (invtsc flag)",
-        ),
-        (["-run-with", "user=no-such-user"], 'User "no-such-user" doesn\'t exist (and is not <uid>:<gid>)'),
-        (["-run-with", "chroot={d}/no"], "chroot failed: '{d}/no': No such file or directory"),
-        (["-global", "migration.foo=1"], "can't apply global migration.foo=1: Property 'migration.foo' not found"),
-    ],
-)
-def test_a_machine_or_migration_that_cannot_be_says_why_and_leaves_nothing(directory, argv, line):
-    filled = [word.format(d=directory) for word in argv]
-    sockets = ["-qmp", f"unix:{directory}/qmp,server=on,wait=off"]
-    status, _, complained = run(*BASE, "-bios", GUEST, *sockets, *filled)
-    assert status == 1
-    assert complained == f"{program()}: {line.format(d=directory)}\n"
-    assert os.listdir(directory) == []
-
-
-@needs_kvm
-def test_firmware_that_cannot_be_loaded_is_named_as_qemu_names_it(directory):
-    short = directory / "short"
-    short.write_bytes(b"x" * 100)
-    for path in (directory / "missing", short):
-        assert run(*BASE, "-bios", path) == (1, "", f"qemu: could not load PC BIOS '{path}'\n")
-
-
-def test_messages_carry_the_time_on_request():
-    status, _, complained = run(*BASE, "-bios", GUEST, "-msg", "timestamp=on", "-qmp", "none")
-    assert status == 1
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z \S+: -qmp none: ", complained)
-
-
-@pytest.mark.parametrize(("option", "text"), [("-version", "QEMU emulator version"), ("-help", "usage: ")])
-def test_help_goes_to_stdout_with_status_0(option, text):
-    status, said, complained = run(option)
-    assert (status, complained) == (0, "")
-    assert text in said
-
-
-def test_importing_the_command_line_does_not_load_the_machine():
-    code = "import sys, kvm.main; print(sorted(n for n in sys.modules if n.startswith('qemumig.') and '.so' not in n))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "qemumig.savevm" not in loaded
-    assert "qemumig.source" not in loaded
-
-
-@needs_kvm
-def test_a_signal_to_a_thread_that_takes_signals_ends_it_too(directory):
-    """What happens while a child process is being started with an ordinary signal mask."""
-    code = (
-        "import signal, sys, threading, kvm.main\n"
-        "from kvm.monitor import commands\n"
-        "def version():\n"
-        "    def body():\n"
-        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
-        "        signal.raise_signal(signal.SIGTERM)\n"
-        "    threading.Thread(target=body).start()\n"
-        "commands.version = version\n"
-        "sys.exit(kvm.main.main(sys.argv[1:]))\n"
-    )
-    argv = [*BASE, "-bios", GUEST, "-S", "-qmp", f"unix:{directory}/vm.qmp,server=on,wait=off"]
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stderr=subprocess.PIPE, text=True)
-    client = connect_when_there(directory / "vm.qmp", process)
-    client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-version"}')
-    _, said = process.communicate(timeout=PATIENCE_S)
-    client.close()
-    assert process.returncode == 0
-    assert said.endswith(": terminating on signal 15\n")
-    assert os.listdir(directory) == []
 
 
 # ---- monitors for people, the harness, objects ----

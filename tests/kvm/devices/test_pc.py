@@ -15,7 +15,7 @@ from kvm.machine import MicroVM
 from kvm.machine_types import find_machine
 from qemumig.errors import MachineError, StateError
 from qemumig.qapi import RunState
-from tests.kvm.test_machine import Workshop, device_bytes, move
+from tests.kvm.workshop import Workshop, device_bytes, move
 from tests.support import boot_sector
 from tests.support.guest import Letters
 from tests.support.vmm import wait_until

@@ -212,3 +212,7 @@ def pipe():
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def error(desc, error_class="GenericError", **identity):
+    return {**identity, "error": {"class": error_class, "desc": desc}}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvm.test_main import PATIENCE_S, system
+from tests.kvm.program import PATIENCE_S, system
 from tests.support.vmm import open_files, wait_until
 
 pytestmark = pytest.mark.needs("kvm")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvm.test_main import PATIENCE_S, system
+from tests.kvm.program import PATIENCE_S, system
 
 pytestmark = pytest.mark.needs("kvm")
 

@@ -65,13 +65,6 @@ def loops(no_leaks: None) -> Iterator[list[Watched]]:
         loop.end()
 
 
-@pytest.fixture
-def quit_event(no_leaks: None) -> Iterator[QuitEvent]:
-    event = QuitEvent()
-    yield event
-    event.close()
-
-
 Ends = tuple[CoroutineChannel, socket.socket]
 
 
