@@ -15,6 +15,8 @@ import pytest
 from qemumig.channels.address import InetAddress
 from qemumig.multifd import arrivals
 from qemumig.multifd.packet import encode_init
+from qemumig.ram.live import RamSource
+from qemumig.ram.live_multifd import MultifdRamSource
 from tests.qemumig.channels.pki import x509_directory
 from tests.support.links import Fault, Links
 from tests.support.pair import Pair, wait_for
@@ -200,6 +202,23 @@ def test_a_source_with_fewer_channels_is_refused(monkeypatch: pytest.MonkeyPatch
         found = pair.incoming.query()["error-desc"]
         assert f"the source has opened 2 multifd channels, this side waits for {CHANNELS}" in found
         assert "'multifd-channels'" in pair.migration.query()["error-desc"]
+        pair.assert_guest_at("source")
+
+
+def test_pages_behind_the_last_sync_point_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that they are in memory when the guest starts."""
+
+    def end_body(ram: MultifdRamSource) -> None:
+        if not ram._is_started:
+            ram.sender.write_mark()
+        ram._is_started = True
+        RamSource._end_body(ram)
+
+    monkeypatch.setattr(MultifdRamSource, "_end_body", end_body)
+    with multifd_pair() as pair:
+        pair.migrate()
+        assert pair.statuses == ("failed", "failed")
+        assert "has brought pages behind the last sync point" in pair.incoming.query()["error-desc"]
         pair.assert_guest_at("source")
 
 

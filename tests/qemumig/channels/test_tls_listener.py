@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from qemumig.errors import ChannelError, MigrationCancelled, OptionError
 from qemumig.wire.stream import InputStream
 
 from .tls_ends import MIB, Parameters, attempt, certificates, in_thread, pair, send, x509
+
+PATIENCE_S = 20.0
 
 
 @dataclass
@@ -54,7 +57,11 @@ def door(tmp_path: Path, quit_event: QuitEvent) -> Iterator[Door]:
     client, server = certificates(tmp_path)
     listener = incoming(UnixAddress(f"{tmp_path}/s"), quit_event.fd, lambda name: -1, tls=lambda: server)
     assert isinstance(listener, SocketListener)
+    too_long = threading.Timer(PATIENCE_S, quit_event.set)  # a guest who is not let in is a failure, not a wait for ever
+    too_long.start()
     yield Door(listener, f"{tmp_path}/s", client, quit_event)
+    too_long.cancel()
+    too_long.join()
     listener.close()
 
 

@@ -102,6 +102,14 @@ def test_a_record_that_holds_too_much_is_our_own_mistake(make: Any, value: Any) 
         _state(make("dev.x")).save(SimpleNamespace(x=value))
 
 
+@pytest.mark.parametrize(
+    ("make", "value"), [(kinds.int8, 200), (kinds.uint8, 256), (kinds.uint32, -1), (kinds.uint64, "7")]
+)
+def test_an_array_names_the_element_that_does_not_fit(make: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"field x\[2\]: .* does not fit"):
+        _state(make("x", count=3)).save(SimpleNamespace(x=[0, 1, value]))
+
+
 # -- bytes
 
 
