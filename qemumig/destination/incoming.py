@@ -73,6 +73,7 @@ class IncomingMigration:
         self._on_failure = on_failure
         self._states = StatusMachine(DESTINATION, self._announce)
         self._lock = threading.Lock()  # guards autostart against the moment of the start
+        self._start_lock = threading.Lock()  # held from the start of the guest to `completed`, which are seen as one
         self._autostart = autostart
         self._exit_on_error = True
         self._quit: QuitEvent | None = None
@@ -121,7 +122,8 @@ class IncomingMigration:
 
     def query(self) -> dict[str, Any]:
         """What query-migrate shows of this side; empty when nothing was ever listened for."""
-        status = self._states.status
+        with self._start_lock:  # whoever has seen the guest run is not told that it is still on its way
+            status = self._states.status
         if status is MigrationStatus.NONE:
             return {}
         info: dict[str, Any] = {"status": status.value}
@@ -222,8 +224,9 @@ class IncomingMigration:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
         trace.vmstate_downtime_checkpoint("dst-precopy-bh-enter")
         told = self._tell_source()
-        self._start(loader.runstate, told)
-        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
+        with self._start_lock:
+            self._start(loader.runstate, told)
+            self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
 
     def _start(self, source_runstate: RunState | None, told: bool) -> None:
         """Start the guest; the source has let go of it: whatever happens now, it is kept."""

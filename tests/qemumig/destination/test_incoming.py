@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ def test_state_that_the_machine_refuses_is_told_with_its_place(directory: Path) 
     offset = int(place.removeprefix("section 'cpu' instance 0 at offset "), 16)
     assert small_stream()[offset + 5 : offset + 9] == b"\3cpu"
     assert rest.startswith("vCPU 0: XCR0 is 0x0, expected 0x1 at least; both sides need the same -cpu")
+
+
+class Watched(FakeMachine):
+    """Somebody who sees it enter the run state that it arrived in asks how the migration stands."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        super().__init__(RAM_SIZE, incoming=True)
+        self._pool = pool
+        self.ask: Callable[[], dict[str, Any]] = dict
+
+    def set_runstate(self, state: RunState) -> None:
+        super().set_runstate(state)
+        self.answer = self._pool.submit(self.ask)
+        with pytest.raises(TimeoutError):
+            self.answer.result(timeout=0.2)
+
+
+def test_who_has_seen_the_run_state_is_told_that_the_guest_is_here(directory: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        machine = Watched(pool)
+        incoming = Incoming(machine)
+        machine.ask = incoming.migration.query
+        incoming.load(stored(directory, small_stream()))
+        assert machine.answer.result() == {"status": "completed"}
 
 
 def told_by_socket(*pieces: bytes) -> str:
