@@ -1,6 +1,6 @@
 """Guest memory: as the host maps it, and as the guest addresses it.
 
-    HostMemory      bytes of ours      anonymous memory, a memfd or a file, at `host_address`
+    HostMemory      bytes of ours      anonymous or shared memory, a memfd or a file, at `host_address`
     AddressSpace    bytes of theirs    guest-physical ranges, each a piece of some HostMemory
 
 The range of host addresses is reserved with one Python mmap object, which owns it; the memory proper is mapped
@@ -35,6 +35,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23
 _HUGETLBFS_MAGIC = 0x958458F6
+_SHM_FOLDER = "/dev/shm"
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +47,7 @@ _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 
 
 class HostMemory:
-    """A piece of guest RAM in this process; made by `anonymous`, `memfd` or `file`, a context manager.
+    """A piece of guest RAM in this process; made by `anonymous`, `memfd`, `shm` or `file`, a context manager.
 
     host_address   of its first byte, aligned to 2 MiB or to larger host pages
     size           bytes
@@ -54,7 +55,7 @@ class HostMemory:
     shared         writes reach the memfd or file, and whoever else maps it
     fresh          reads as zeroes, nobody wrote yet (when it was made)
     readonly       only reads are possible
-    fd, path, kind descriptor and path of what is behind it, or None; "anonymous", "memfd" or "file"
+    fd, path, kind descriptor and path of what is behind it, or None; "anonymous", "memfd", "shm" or "file"
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class HostMemory:
             raise
         self._advise(mmap.MADV_DONTFORK)
 
-    # -- the three kinds
+    # -- the four kinds
 
     @classmethod
     def anonymous(
@@ -148,6 +149,28 @@ class HostMemory:
             if seal:
                 _seal(fd)
             memory = cls(size, kind="memfd", shared=shared, fresh=True, page_size=page_size, fd=fd, reserve=reserve)
+        memory._finish(prealloc, merge, dump)
+        return memory
+
+    @classmethod
+    def shm(
+        cls,
+        size: int,
+        *,
+        shared: bool = True,
+        prealloc: bool = False,
+        merge: bool = True,
+        dump: bool = True,
+        reserve: bool = True,
+    ) -> HostMemory:
+        """POSIX shared memory whose name is gone at once: the descriptor alone leads to it (cli.md §4)."""
+        if not shared:
+            raise BackingError(errno.EINVAL, "can't create shm backend with `share=off`", reason=False)
+        _check_size(size, PAGE_SIZE)
+        fd = _open_shm()
+        with _closed_on_error(fd):
+            _grow(fd, size, "shared memory")
+            memory = cls(size, kind="shm", shared=True, fresh=True, fd=fd, reserve=reserve)
         memory._finish(prealloc, merge, dump)
         return memory
 
@@ -367,6 +390,17 @@ def _open_backing(path: str, readonly: bool) -> tuple[int, bool]:
             return os.open(path, access | os.O_CLOEXEC), False
     except OSError as error:
         raise BackingError(error.errno or 0, f"can't open backing store {path} for guest RAM") from error
+
+
+def _open_shm() -> int:
+    """A descriptor for new shared memory without a name; the folder is the one of shm_open(3)."""
+    name = f"{_SHM_FOLDER}/qemumig-{os.getpid()}-{os.urandom(8).hex()}"
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.unlink(name)
+    except OSError as error:
+        raise BackingError(error.errno or 0, f"can't create shared memory in {_SHM_FOLDER} for guest RAM") from error
+    return fd
 
 
 def _grow(fd: int, size: int, name: str) -> None:

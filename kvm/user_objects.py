@@ -171,7 +171,7 @@ def _shown(name: str, value: Any) -> Property:
 
 
 def memory_backends() -> list[Creatable]:
-    """The three kinds of memory that the machine's RAM can be."""
+    """The kinds of memory that the machine's RAM can be."""
     switches = tuple(Argument(name, BOOL, optional=True) for name in (*DEFAULTS, CANONICAL_PATH))
     numa = (
         Argument("policy", POLICIES, optional=True),
@@ -192,7 +192,12 @@ def memory_backends() -> list[Creatable]:
         Argument("hugetlbsize", SIZE, optional=True),
         Argument("seal", BOOL, optional=True),
     )
-    members = {"memory-backend-ram": common, "memory-backend-file": common + file, "memory-backend-memfd": common + memfd}
+    members = {
+        "memory-backend-ram": common,
+        "memory-backend-file": common + file,
+        "memory-backend-memfd": common + memfd,
+        "memory-backend-shm": common,
+    }
     return [
         Creatable(name, "memory-backend", arguments, partial(create_memory, name)) for name, arguments in members.items()
     ]
@@ -218,6 +223,8 @@ def map_memory(kind: str, name: str, values: dict[str, Any]) -> HostMemory:
         wanted["shared"] = values["share"]
     if kind == "memory-backend-memfd":
         return HostMemory.memfd(values["size"], name=name, **wanted)
+    if kind == "memory-backend-shm":
+        return HostMemory.shm(values["size"], **wanted)
     if kind == "memory-backend-ram":
         return HostMemory.anonymous(values["size"], **wanted)
     wanted["rom"] = {"auto": None, "on": True, "off": False}[wanted.get("rom", "auto")]

@@ -89,6 +89,7 @@ def test_names_given_on_the_command_line_are_told(directory):
     [
         "memory-backend-ram,id=m0,size=32M,share=on,prealloc=off,merge=off,dump=off,reserve=off",
         "memory-backend-memfd,id=m0,size=32M,share=on,seal=off,hugetlb=off",
+        "memory-backend-shm,id=m0,size=32M,share=on,prealloc=on",
         "memory-backend-file,id=m0,size=32M,mem-path={d},discard-data=on,align=2M,offset=0,readonly=off,rom=off",
         "memory-backend-file,id=m0,size=32M,mem-path={d}/ram,share=on",
     ],

@@ -1,5 +1,7 @@
 """kvm.user_objects: memory backends made, changed and deleted (cli.md §4, qmp.md §14)."""
 
+import os
+
 import pytest
 
 from kvm.qom import Node, Tree
@@ -41,6 +43,8 @@ def refusal(objects, **values):
         ({"size": 4096, "policy": "bind"}, "host-nodes must be set for policy bind"),
         ({"size": 4096, "host_nodes": [0]}, "binding memory to host nodes is not built in this version of qemumig"),
         ({"kind": "memory-backend-file", "size": 4096}, "Parameter 'mem-path' is missing"),
+        ({"kind": "memory-backend-shm", "size": 4096, "share": False}, "can't create shm backend with `share=off`"),
+        ({"kind": "memory-backend-shm", "size": 4096, "seal": True}, "Parameter 'seal' is unexpected"),
     ],
 )
 def test_a_bad_backend_is_refused_in_the_words_of_qemu(objects, values, desc):
@@ -50,11 +54,24 @@ def test_a_bad_backend_is_refused_in_the_words_of_qemu(objects, values, desc):
 
 @pytest.mark.parametrize(
     ("kind", "finding"),
-    [("memory-backend-ram", "Cannot allocate memory"), ("memory-backend-memfd", "File too large")],
+    [
+        ("memory-backend-ram", "Cannot allocate memory"),
+        ("memory-backend-memfd", "File too large"),
+        ("memory-backend-shm", "File too large"),
+    ],
 )
 def test_a_size_that_no_host_has_is_refused(objects, no_leaks, kind, finding):
     assert refusal(objects, kind=kind, size=-1).endswith(finding)
     assert objects.memories() == []
+
+
+def test_shared_memory_has_no_name_that_could_stay_behind(objects, no_leaks):
+    before = set(os.listdir("/dev/shm"))
+    add(objects, kind="memory-backend-shm", size=1 << 20)
+    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("qemumig-")} == set()
+    assert objects.memories()[0]["share"] is True
+    assert objects.find("m0").fd is not None
+    objects.close()
 
 
 def test_a_file_that_cannot_be_opened_is_named(objects):

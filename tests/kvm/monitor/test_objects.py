@@ -114,7 +114,7 @@ def test_types_are_listed_by_what_they_implement(client):
     def listed(**arguments):
         return [entry["name"] for entry in client.ask("qom-list-types", **arguments)]
 
-    backends = ["memory-backend-ram", "memory-backend-file", "memory-backend-memfd"]
+    backends = ["memory-backend-ram", "memory-backend-file", "memory-backend-memfd", "memory-backend-shm"]
     assert sorted(listed(implements="memory-backend")) == sorted(backends)
     assert sorted(listed(implements="memory-backend", abstract=True)) == sorted([*backends, "memory-backend"])
     assert set(backends) <= set(listed(implements="user-creatable"))
