@@ -1,6 +1,6 @@
 """-device loader: bytes that are in guest memory after each reset, and where a vCPU begins (cli.md §3).
 
-    loader,file=F,addr=A[,force-raw=on][,cpu-num=N]       the file as it is
+    loader,file=F,addr=A[,force-raw=on][,cpu-num=N]       the file as it is; an ELF file where that says (elf.py)
     loader,addr=A,data=V,data-len=N[,data-be=on]          a number
     loader,addr=A,cpu-num=N                               only the instruction pointer of a vCPU
 
@@ -10,13 +10,13 @@ is reset: the stream brings the memory.
 
 from __future__ import annotations
 
+from . import elf
 from .chardev import reason
 from .config import Blob, MachineConfig
 from .from_text import block_pairs
 from .keyval import UsageError, integer, size, switch
 
 DEVICE = "loader"
-ELF = b"\x7fELF"
 LARGEST_FILE = 1 << 30
 _KEYS = ("driver", "id", "file", "addr", "data", "data-len", "data-be", "force-raw", "cpu-num")
 _LARGEST_NUMBER = 8  # bytes
@@ -37,7 +37,7 @@ def add_loader(text: str, config: MachineConfig) -> None:
     if "data" in pairs or "data-len" in pairs:
         config.blobs.append(Blob(address, _number(pairs)))
     elif "file" in pairs:
-        config.blobs.append(Blob(address, _file(pairs)))
+        address = _add_file(address, pairs, config)
         if "cpu-num" in pairs:
             _start_at(address, pairs, config)
     elif "addr" in pairs and "cpu-num" in pairs:
@@ -61,9 +61,22 @@ def _number(pairs: dict[str, str | None]) -> bytes:
     return value.to_bytes(length, order)  # type: ignore[arg-type]
 
 
-def _file(pairs: dict[str, str | None]) -> bytes:
-    path = pairs["file"] or ""
+def _add_file(address: int, pairs: dict[str, str | None], config: MachineConfig) -> int:
+    """Where a vCPU that starts with the file does."""
+    data = _read_file(pairs["file"] or "")
     raw = switch("force-raw", pairs.get("force-raw", "off"))
+    try:
+        found = None if raw else elf.take_apart(data)
+    except elf.ElfError as error:
+        raise UsageError(f"Cannot load specified image {pairs['file']}: {error}; force-raw=on loads it as it is") from error
+    if found is None:
+        config.blobs.append(Blob(address, data))
+        return address
+    config.blobs += [Blob(segment.address, segment.data) for segment in found.segments]
+    return found.entry
+
+
+def _read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(LARGEST_FILE + 1)
@@ -71,8 +84,6 @@ def _file(pairs: dict[str, str | None]) -> bytes:
         raise UsageError(f"Cannot load specified image {path}: {reason(error)}") from error
     if len(data) > LARGEST_FILE:
         raise UsageError(f"Cannot load specified image {path}: it is longer than {LARGEST_FILE} bytes")
-    if data.startswith(ELF) and not raw:
-        raise UsageError(f"Cannot load specified image {path}: ELF is not taken apart here; force-raw=on loads it as it is")
     return data
 
 

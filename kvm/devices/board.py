@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qemumig.errors import MachineError
 from qemumig.savevm.devices.acpi_ged import ACPI_GED
@@ -334,9 +335,14 @@ class DmaMemory:
 
 
 def _require_ram(blobs: Sequence[Blob], ram: DmaMemory) -> Sequence[Blob]:
-    """*blobs*, all of which are in RAM; else MachineError."""
+    """*blobs*, all of which are in RAM and apart from each other; else MachineError."""
     for blob in blobs:
         if not ram.holds(blob.address, len(blob.data)):
             end = blob.address + len(blob.data)
             raise MachineError(f"-device loader: {blob.address:#x} … {end:#x} is not all RAM of this machine")
+    ordered = sorted(blobs, key=lambda blob: blob.address)
+    for one, other in pairwise(ordered):
+        if one.address + len(one.data) > other.address:
+            where = " and ".join(f"{each.address:#x} … {each.address + len(each.data):#x}" for each in (one, other))
+            raise MachineError(f"-device loader: {where} overlap")
     return blobs

@@ -16,6 +16,7 @@ from kvm.devices.virtio_mmio import slot_address
 from qemumig.cli.guest import ALL_CHECKS, FILL_HALF_RANDOM
 from qemumig.cli.vmm import MachineShape
 from tests.support import ticker
+from tests.support.elf import elf_file
 from tests.support.host import qemumig_system
 from tests.support.vmm import MIB, GuestParameters, Stage, Vmm, VmmError, migrate, wait_until
 
@@ -171,3 +172,23 @@ def test_pit_and_rtc_tick_on_through_the_pics(stage: Stage, qemu: str, direction
         now = time.gmtime()
         late = (now.tm_hour * 60 + now.tm_min) * 60 + now.tm_sec - (hour * 60 + minute) * 60 - second
         assert min(late % DAY_S, -late % DAY_S) <= 5
+
+
+# ---- bytes that a loader puts into memory ----
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut-off"])
+def test_an_elf_file_is_in_the_same_places(stage: Stage, qemu: str, bits: int, whole: bool) -> None:
+    contents = elf_file([(0x40010000, 0x10000, b"first", 32), (0, 0x20000, b"second", 6)], entry=0x40010004, bits=bits)
+    file = stage.directory / "program"
+    file.write_bytes(contents if whole else contents[:100])  # within the program headers
+    found = []
+    for name, system in (("theirs", qemu), ("ours", qemumig_system())):
+        extra = ("-device", f"loader,file={file},addr=0x8000,cpu-num=0")
+        vmm = stage.vmm(name, system, memory=64 * MIB, stopped=True, extra=extra)
+        vmm.command("pmemsave", val=0, size=256 << 10, filename=str(stage.directory / name))
+        memory = (stage.directory / name).read_bytes()
+        found.append([memory[start : start + 64] for start in (0x8000, 0x10000, 0x20000)])
+    assert found[0] == found[1]
+    assert found[0][1].startswith(b"first") == whole

@@ -5,6 +5,7 @@ import pytest
 from kvm.config import Blob, MachineConfig
 from kvm.keyval import UsageError
 from kvm.loader_options import add_loader, is_loader
+from tests.support.elf import elf_file
 
 
 @pytest.fixture
@@ -68,8 +69,24 @@ def test_a_mistake_is_named(words, desc):
     assert str(caught.value) == desc
 
 
-def test_elf_is_taken_only_as_it_is(image):
-    image.write_bytes(b"\x7fELF...")
-    with pytest.raises(UsageError, match="force-raw=on"):
+def test_segments_go_where_the_elf_file_says_and_a_vcpu_begins_at_its_entry(image):
+    image.write_bytes(elf_file([(0x40010000, 0x10000, b"one", 8), (0x40020000, 0x20000, b"two", 3)], entry=0x40010004))
+    blobs = [Blob(0x10000, b"one\0\0\0\0\0"), Blob(0x20000, b"two")]
+    assert loaded(f"loader,file={image},addr=0x5000") == (blobs, {})
+    assert loaded(f"loader,file={image},cpu-num=1") == (blobs, {1: 0x10004})
+
+
+def test_an_elf_file_is_bytes_when_that_is_wanted_or_when_it_is_not_whole(image):
+    whole = elf_file([(0, 0x10000, b"one", 8)], entry=0)
+    image.write_bytes(whole)
+    assert loaded(f"loader,file={image},addr=0x1000,force-raw=on")[0] == [Blob(0x1000, whole)]
+    image.write_bytes(whole[:-1])
+    assert loaded(f"loader,file={image},addr=0x1000,cpu-num=0") == ([Blob(0x1000, whole[:-1])], {0: 0x1000})
+
+
+def test_an_elf_file_that_no_memory_could_take_is_refused(image):
+    image.write_bytes(elf_file([(0, 0x10000, b"one", 1 << 40)], entry=0))
+    with pytest.raises(UsageError) as caught:
         loaded(f"loader,file={image}")
-    assert loaded(f"loader,file={image},force-raw=on")[0] == [Blob(0, b"\x7fELF...")]
+    text = "its ELF segments have 0x10000000000 bytes, at most 0x40000000 are loaded; force-raw=on loads it as it is"
+    assert str(caught.value) == f"Cannot load specified image {image}: {text}"

@@ -63,6 +63,10 @@ def program():
             ["-kernel", str(GUEST)],
             [f"-kernel {GUEST}: kernels are not loaded here; a firmware image is (-bios), or a boot sector (-hda)"],
         ),
+        (
+            ["-device", "loader,addr=0x1000,data=1,data-len=8", "-device", "loader,addr=0x1004,data=2,data-len=8"],
+            ["-device loader: 0x1000 … 0x1008 and 0x1004 … 0x100c overlap"],
+        ),
         (["-vga", "std"], ["-vga std: there is no display here: leave it out or say -vga none"]),
         (["-D", "{d}/no/log"], ["Error opening logfile {d}/no/log: No such file or directory"]),
         (["-mon", "nope,mode=control"], ['-mon nope,mode=control: chardev "nope" not found']),
