@@ -95,10 +95,11 @@ class Arguments:
     blockdevs: list[str] = field(default_factory=list)
     drives: list[DriveRequest] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
+    snapshot: bool = False  # what is written to drives is forgotten at the end
     legacy_virtio: bool = True
     incoming: str | None = None
     incoming_channels: list[dict[str, Any]] | None = None  # when it is no URI
-    snapshot: str | None = None  # -loadvm
+    loadvm: str | None = None
     paused: bool = False
     only_migratable: bool = False
     name: str | None = None

@@ -50,9 +50,9 @@ class Assembly:
         if arguments.machine_type.is_empty:
             disks = Disks(self._warn, 0)
         elif arguments.machine_type.is_pc:
-            disks = Disks(self._warn, IDE_PLACES, IDE)
+            disks = Disks(self._warn, IDE_PLACES, IDE, snapshot=arguments.snapshot)
         else:
-            disks = Disks(self._warn, arguments.chipset.virtio_slots, VIRTIO)
+            disks = Disks(self._warn, arguments.chipset.virtio_slots, VIRTIO, snapshot=arguments.snapshot)
         self._closers.callback(disks.close)
         return disks
 

@@ -57,7 +57,10 @@ class RawImage:
 
     size        bytes, a multiple of 512
     read_only   writes are refused with EPERM
+    forgets     what is written is gone at the end, and nobody else can have it
     """
+
+    forgets = False
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class RawImage:
         """
         self.path = path
         self.read_only = read_only
+        self._writes_file = not read_only
         self._flushes = flushes
         self._unmaps = unmaps
         self._locks = locks
@@ -102,13 +106,13 @@ class RawImage:
     # -- who uses it
 
     def lock(self) -> None:
-        """Claim the image for reading, and for writing unless it is read-only; nothing happens when that is done.
+        """Claim the file for reading, and for writing unless it is only read; nothing happens when that is done.
 
         BlockError when somebody else's claim stands against it.
         """
         if self._locked or not self._locks:
             return
-        uses = [_READING] if self.read_only else [_READING, _WRITING]
+        uses = [_READING, _WRITING] if self._writes_file else [_READING]
         for byte in (*(_USES + one for one in uses), _FORBIDS + _WRITING):
             self._set_lock(fcntl.F_RDLCK, byte)
         self._locked = True

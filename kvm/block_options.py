@@ -4,6 +4,7 @@
     -drive if=none,id=d0,file=F,format=raw[,…]            a drive
     -device virtio-blk-device,drive=d0[,bus=…]            what uses one of them; on a PC -device ide-hd,drive=d0
     -drive file=F[,if=ide][,index=N]                      on a PC a drive and its disk at once
+    -drive …,snapshot=on                                  what is written is forgotten at the end (block_snapshot.py)
 
 All nodes and drives are there before the first device is looked at, whatever the order of the options.  Messages are
 QEMU's; whoever calls puts the option's name in front of those that want it.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .block import BlockError, RawImage
 from .config import VIRTIO_MMIO_SLOTS, DiskConfig
@@ -44,7 +46,7 @@ _FILE_KEYS = ("filename", "locking", "aio")
 _NODE_KEYS = ("node-name", "read-only", "discard", "cache.direct", "cache.no-flush", "detect-zeroes", "auto-read-only")
 _DRIVE_KEYS = (
     *("if", "id", "file", "format", "readonly", "read-only", "cache", "discard", "werror", "rerror"),
-    *("index", "media", "aio", "copy-on-read", "detect-zeroes"),
+    *("index", "media", "aio", "copy-on-read", "detect-zeroes", "snapshot"),
 )
 _BUS = {VIRTIO: re.compile(r"virtio-mmio-bus\.([0-9]+)"), IDE: re.compile(r"ide\.([0-9])")}
 
@@ -64,11 +66,20 @@ class Drive:
 class Disks:
     """All nodes, drives and disks of a command line, in its order; `close` closes every image.
 
-    The machine has *slots* places for disks of the one *kind* that it takes.
+    The machine has *slots* places for disks of the one *kind* that it takes.  *snapshot*: what is written to a -drive is
+    forgotten at the end unless that says otherwise.
     """
 
-    def __init__(self, warn: Callable[[str], None], slots: int = VIRTIO_MMIO_SLOTS, kind: str = VIRTIO) -> None:
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        slots: int = VIRTIO_MMIO_SLOTS,
+        kind: str = VIRTIO,
+        *,
+        snapshot: bool = False,
+    ) -> None:
         self._warn = warn
+        self._snapshot = snapshot
         self._slots = slots
         self._kind = kind
         self._drives: dict[str, Drive] = {}
@@ -162,7 +173,9 @@ class Disks:
         options |= {key.removeprefix("file."): value for key, value in pairs.items() if key.startswith("file.")}
         on_read_error = _drive_action("read", pairs.get("rerror"))
         on_write_error = _drive_action("write", pairs.get("werror"))
-        image = self._open(path, **{**_file_options(options), "direct": direct, "flushes": flushes})
+        known = {**_file_options(options), "direct": direct, "flushes": flushes}
+        snapshot = switch("snapshot", pairs["snapshot"]) if "snapshot" in pairs else self._snapshot
+        image = self._open_snapshot(path, known) if snapshot else self._open(path, **known)
         if format_ is None:
             self._warn(f"WARNING: no format was given for '{path}', it is taken as raw; format=raw says so")
         return Drive(name, image, False, on_read_error, on_write_error, writeback)
@@ -201,8 +214,17 @@ class Disks:
         return name
 
     def _open(self, path: str, **options: bool) -> RawImage:
+        return self._keep(partial(RawImage, path, **options))
+
+    def _open_snapshot(self, path: str, options: dict[str, bool]) -> RawImage:
+        from .block_snapshot import TemporarySnapshot
+
+        known = {key: options[key] for key in ("read_only", "direct", "locks")}  # the others are about what lasts
+        return self._keep(partial(TemporarySnapshot, path, **known))
+
+    def _keep(self, make: Callable[[], RawImage]) -> RawImage:
         try:
-            image = RawImage(path, **options)
+            image = make()
         except BlockError as error:
             raise UsageError(str(error), hints=error.hints) from error
         self._images.append(image)

@@ -142,6 +142,7 @@ class MicroVM:
         self._board = Board(self._vm, config, self._memory, events, self._warn)
         self.physical = PhysicalView(self._memory, self._board.mmio, self._board.ports)
         closers.callback(self._board.close)
+        self.migration_blockers += self._board.migration_blockers
         self._log_ram(log)
         if not config.incoming:
             self._board.claim_disks()

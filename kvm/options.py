@@ -171,6 +171,10 @@ def _hd(letter: str) -> Callable[[Arguments, str], None]:
     return act
 
 
+def _snapshot(arguments: Arguments, text: str) -> None:
+    arguments.snapshot = True
+
+
 def _kernel(arguments: Arguments, text: str) -> None:
     arguments.kernel = text
 
@@ -206,7 +210,7 @@ def _incoming(arguments: Arguments, text: str) -> None:
 
 
 def _loadvm(arguments: Arguments, text: str) -> None:
-    arguments.snapshot = text
+    arguments.loadvm = text
 
 
 def _only_migratable(arguments: Arguments, text: str) -> None:
@@ -375,7 +379,7 @@ def _check(arguments: Arguments) -> None:
         raise UsageError(f"-serial {arguments.serials[1]}: machine '{kind.name}' has one serial port here")
     if not arguments.machine_switch("isa-serial", True) and arguments.serials not in ([], ["none"]):
         raise UsageError(f"-serial {arguments.serials[0]}: there is no serial port with isa-serial=off")
-    if arguments.snapshot is not None:
+    if arguments.loadvm is not None:
         if arguments.incoming is not None:
             raise UsageError("'incoming' and 'loadvm' options are mutually exclusive")
         raise UsageError("no block device can store vmstate for snapshot")
@@ -416,6 +420,7 @@ OPTIONS = {
         Option("drive", "if=none,id=ID,file=FILE,format=raw…", "the same in other words; drive=ID uses it", _drive),
         Option("hda", "FILE", "the first disk of a PC, a raw image; so does FILE alone", _hd("a")),
         *(Option(f"hd{letter}", "FILE", "", _hd(letter)) for letter in "bcd"),
+        Option("snapshot", "", "what is written to drives is forgotten at the end; no migration takes it along", _snapshot),
         Option("kernel", "FILE", "", _kernel),
         Option(
             "device",

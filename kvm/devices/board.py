@@ -115,8 +115,13 @@ class Board:
         ]
         self.sections_after_first_cpu = [board_section("kvm-tpr-opt", KVM_TPR_OPT, self._vapic)] if config.vapic else []
         self.last_sections = list(self._device_sections())
+        self.migration_blockers: list[str] = []
         for disk in config.disks if self._pc is None else ():
             self._add_disk(disk, config.legacy_virtio, events.disks, warn)
+            if disk.image.forgets:
+                self.migration_blockers.append(
+                    f"State blocked by the temporary snapshot of '{disk.image.path}': what the guest writes is nowhere else"
+                )
 
     def _device_sections(self) -> Iterator[BoardSection]:
         """Those after the vCPUs' but for the disks'."""

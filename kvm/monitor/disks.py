@@ -75,7 +75,7 @@ def describe(
                 writeback=disk.writeback,
                 model=disk.kind,
                 direct=mode in PAST_THE_CACHE,
-                no_flush=mode in NEVER_FLUSHED,
+                no_flush=mode in NEVER_FLUSHED or disk.image.forgets,
             )
         )
     return found

@@ -46,10 +46,10 @@ def disk_options(image: Path, modern: bool, *, node: str = "", locking: str = "o
     )
 
 
-def assert_disk_goes_on(stage: Stage, vmm: Vmm) -> None:
+def assert_disk_goes_on(stage: Stage, vmm: Vmm, *, arrived: bool = True) -> None:
     """The guest checks at least one whole round of its 64 blocks where it is now."""
     assert vmm.serial.wait_more(70, 30), f"{vmm.name}: the guest printed only {vmm.serial.output()[-40:]!r}"
-    stage.assert_guest_is_well(vmm)
+    stage.assert_guest_is_well(vmm, arrived=arrived)
 
 
 @pytest.mark.parametrize("locking", ["off", "auto"])
@@ -98,6 +98,21 @@ def test_a_write_that_failed_here_is_tried_again_in_qemu(stage: Stage, qemu: str
     destination.wait_runstate("io-error")
     destination.command("cont")
     assert_disk_goes_on(stage, destination)
+
+
+@pytest.mark.parametrize("words", [("-snapshot",), ()], ids=["option", "drive"])
+def test_what_is_written_to_a_snapshot_is_forgotten_and_cannot_migrate(stage: Stage, words: tuple[str, ...]) -> None:
+    image = stage.directory / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    drive = f"if=none,id=d0,file={image},format=raw" + ("" if words else ",snapshot=on")
+    device = "virtio-blk-device,drive=d0,bus=virtio-mmio-bus.0"
+    vmm = stage.vmm("vmm", qemumig_system(), guest=GUEST, extra=(*words, "-drive", drive, "-device", device))
+    with pytest.raises(VmmError, match=r"State blocked by the temporary snapshot of .*disk.img"):
+        vmm.command("migrate", uri="exec:cat")
+    assert vmm.command("query-block")[0]["inserted"]["cache"]["no-flush"] is True
+    assert_disk_goes_on(stage, vmm, arrived=False)
+    vmm.close()
+    assert image.read_bytes() == bytes(1 << 20)
 
 
 def test_an_image_in_use_is_kept_from_a_second_machine(stage: Stage, qemu: str) -> None:
