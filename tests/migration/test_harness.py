@@ -6,8 +6,12 @@ The guest is the first sector of the disk: `A` once, then `B` again and again wh
 from __future__ import annotations
 
 import re
+import select
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +187,31 @@ def cancel(source: Harness, state: str, uri: str) -> None:
     assert source.command("query-status")["status"] == "running"
 
 
+def cancel_in_device(source: Harness, path: Path) -> None:
+    """A peer that reads all until the guest stands still, and then nothing: its last pages do not fit on the way."""
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool, ExitStack() as peers:
+        listener.bind(str(path))
+        listener.listen(1)
+        enough = threading.Event()
+
+        def read_until_enough() -> None:
+            peer = peers.enter_context(listener.accept()[0])
+            while not enough.is_set():
+                if select.select([peer], [], [], 0.05)[0]:
+                    peer.recv(1 << 20)
+
+        reading = pool.submit(read_until_enough)
+        source.command("migrate", uri=f"unix:{path}")
+        wait_until(lambda: source.command("query-migrate")["status"] == "pre-switchover", "state pre-switchover")
+        enough.set()
+        reading.result()
+        source.command("migrate-continue", state="pre-switchover")
+        wait_until(lambda: source.command("query-migrate")["status"] == "device", "state device")
+        source.command("migrate_cancel")
+        wait_until(lambda: source.command("query-migrate")["status"] == "cancelled", "the end of state device")
+        assert source.command("query-status")["status"] == "running"
+
+
 def test_a_migration_is_cancelled_in_each_of_its_states_and_then_takes_place(bench: Bench) -> None:
     source, destination = bench.machine("source"), bench.machine("target", "-incoming defer")
     uri = f"unix:{bench.directory}/migsocket"
@@ -210,6 +239,7 @@ def test_a_migration_is_cancelled_in_each_of_its_states_and_then_takes_place(ben
     source.command("migrate-set-capabilities", capabilities=pause)
     listen_again()
     cancel(source, "pre-switchover", uri)
+    cancel_in_device(source, bench.directory / "full")
     pause[0]["state"] = False
     source.command("migrate-set-capabilities", capabilities=pause)
     listen_again()
