@@ -190,6 +190,10 @@ class EmptyMachine:
         """No device, no state."""
         return ()
 
+    def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
+        """Nothing: there is no memory."""
+        return []
+
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Nothing can have come."""
 

@@ -35,6 +35,7 @@ from typing import Any
 from qemumig.errors import MachineError, StateError
 from qemumig.machine import DeviceSection
 from qemumig.qapi import RunState
+from qemumig.ram.block import RAMBlock
 from qemumig.threads import named_thread
 
 from . import trace
@@ -54,6 +55,7 @@ from .dirty import MachineDirtyLog
 from .dirty_log import DirtyLog
 from .errors import KvmError
 from .exits import access_memory, access_ports, describe
+from .first_touched import first_touched
 from .memory import HostMemory
 from .paging import ControlRegisters
 from .physical import PhysicalView
@@ -489,6 +491,14 @@ class MicroVM:
                     saved.append((processor.apic_section, apic))
                 saved += [(one.section, one.save()) for one in board.last_sections]
             return saved
+
+    def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
+        """Where in RAM the vCPUs go on, as (block, offset); StateError while they run."""
+        with self._transition, _kvm_refusals("looking where the vCPUs are"):
+            self._require_stopped("looked at")
+            read = self._memory.read_or_zeroes
+            pages = dict.fromkeys(page for one in self._processors for page in first_touched(one.vcpu, read))
+            return self._memory.places(pages)
 
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Put *loaded* into effect: APICs first, then devices, then the vCPUs' registers.

@@ -13,12 +13,14 @@ Holds     (1) a second instance can connect as soon as this one accepts its firs
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qemumig.errors import MigrationError
+from qemumig.savevm.rehearsal import rehearse
 from qemumig.threads import NAME_BYTES, take_name, workers
 
 from . import trace
@@ -95,6 +97,7 @@ def prepare(diagnostics: Diagnostics, arguments: Arguments) -> None:
     diagnostics.guest = (arguments.name or "") if arguments.names_guest else ""
 
 
+REHEARSE_S = 0.5  # after the start
 WORKERS = 4  # threads for what would hold up the loop: opening channels, joining a migration
 
 
@@ -107,6 +110,7 @@ class Program:
         self._background = background
         self._status = 0
         self._ending = asyncio.Event()
+        self._rehearsal: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub = EventHub()
         self._registry = Registry()
@@ -121,7 +125,9 @@ class Program:
         self._loop.set_default_executor(workers(WORKERS))
         async with self._closers:
             try:
-                await self._serve(self._set_up())
+                machine = self._set_up()
+                self._spare_collections()
+                await self._serve(machine)
             except FirmwareError as error:
                 self._diagnostics.verbatim(str(error))
                 self._status = 1
@@ -132,6 +138,11 @@ class Program:
             finally:
                 self._end()
         return self._status
+
+    def _spare_collections(self) -> None:
+        """What there is now stays: a search for garbage need not go through it, least of all while a guest stands still."""
+        gc.freeze()
+        self._closers.callback(gc.unfreeze)
 
     def _fail(self, error: UsageError) -> None:
         self._diagnostics.error(error)
@@ -274,10 +285,22 @@ class Program:
             confine(self._arguments.run_with)
             if not self._arguments.paused and self._arguments.incoming is None:
                 machine.start()
+            self._rehearse_later(machine)
             if self._background is not None:
                 self._background.ready()
         await ended
         clients.cancel()
+
+    def _rehearse_later(self, machine: AnyMachine) -> None:
+        """Rehearse what a migration does while the guest stands still, once nobody waits for the start."""
+        assert self._loop is not None
+        loop = self._loop
+
+        def begin() -> None:
+            self._rehearsal = loop.run_in_executor(None, rehearse, machine.sections())
+
+        timer = loop.call_later(REHEARSE_S, begin)
+        self._closers.callback(timer.cancel)
 
     def _on_guest_end(self, guest: bool, reason: str) -> None:
         assert self._loop is not None

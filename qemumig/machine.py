@@ -108,6 +108,9 @@ class Machine(Protocol):
     def save_device_state(self) -> Sequence[tuple[DeviceSection, Any]]:
         """The state of all devices of the stopped machine, as records of their vmstates, in that order."""
 
+    def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
+        """Pages that the stopped machine touches as soon as it goes on, each as its block and an offset in that; advice."""
+
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Put loaded records into effect, all at once; the machine is stopped.  A record is used once."""
 

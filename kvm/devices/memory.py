@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from qemumig.ram.block import RAMBlock
@@ -126,9 +126,14 @@ class GuestMemory:
         for mapping, at, size in self._pieces(guest_address, len(data)):
             done = at - guest_address
             _libc.memcpy(_host_address(mapping, at), data[done : done + size], size)
-            block = self.firmware_block if mapping.memory is self._firmware else self.ram_block
+            block = self._block_of(mapping)
             block.fresh = False
             self._wrote(block, mapping.offset + at - mapping.guest_address, size)
+
+    def places(self, addresses: Iterable[int]) -> list[tuple[RAMBlock, int]]:
+        """Where in which block guest-physical *addresses* are; those that are no RAM are left out."""
+        found = [(mapping, at) for address in addresses for mapping, at, _ in self._pieces(address, 1)]
+        return [(self._block_of(mapping), mapping.offset + at - mapping.guest_address) for mapping, at in found]
 
     def discard(self) -> None:
         """Let every private block be as it was when it was mapped; shared memory may be somebody else's, too."""
@@ -147,6 +152,9 @@ class GuestMemory:
         mapping = self._space.map(piece.guest_address, memory, piece.offset, piece.size, slot)
         self._vm.set_memory_slot(slot, piece.guest_address, piece.size, mapping.host_address)
         self.logged_slots.append(LoggedSlot(slot, block, piece.offset // PAGE_SIZE, piece.size // PAGE_SIZE))
+
+    def _block_of(self, mapping: Mapping) -> RAMBlock:
+        return self.firmware_block if mapping.memory is self._firmware else self.ram_block
 
     def _pieces(self, guest_address: int, length: int) -> Iterator[tuple[Mapping, int, int]]:
         """The parts of the range that are RAM: mapping, guest address, size."""

@@ -33,6 +33,7 @@ from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..ram.landing import Landing
 from ..savevm import commands, remedies
+from ..savevm.rehearsal import rehearse
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
 from .loader import StreamLoader
@@ -183,6 +184,7 @@ class IncomingMigration:
 
     def _take_guest(self) -> None:
         assert self._listener is not None and self._quit is not None
+        rehearse(self._machine.sections())
         arrivals = self._arrivals = Arrivals(self._listener, self._options, self._machine.uuid)
         try:
             arrivals.gather()

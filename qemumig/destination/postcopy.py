@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .loader import StreamLoader
 
 CHECK_S = 0.2  # how often to look whether the source is still there, where nothing tells
+SETTLE_S = 0.02  # how long the guest has a start on pages that nobody waits for
 MOMENT_S = 0.01  # between two looks at what is still on its way by the other channel
 BY_USER = "Postcopy migration is paused by the user"
 LOST = (
@@ -109,6 +110,7 @@ class PostcopyDestination:
         self._listener: Listener | None = listener
         self._lent = (channel, listener)  # whoever gave them closes them
         self._link_quit: QuitEvent | None = None  # of the connection that a recovery made
+        self._started = False  # the guest was told to run
         self._settled = False  # device state is in effect, and the source is about to hear of it
         self._paused_by_user = False
         self._complete = False  # every page is here
@@ -323,6 +325,9 @@ class PostcopyDestination:
 
     def finish(self) -> None:
         """The guest was started: wait until all of it is here.  Raises MigrationCancelled when the process ends before."""
+        with self._changed:
+            self._started = True
+            self._changed.notify_all()
         self._threads[1].join()
         if self._phase is not Phase.END:
             raise MigrationCancelled("the process ends")
@@ -357,6 +362,7 @@ class PostcopyDestination:
 
     def _listen_to_source(self) -> None:
         trace.postcopy_ram_listen_thread_start()
+        self._let_start()
         try:
             while not self._load_rest():
                 self._await_recovery()
@@ -367,6 +373,12 @@ class PostcopyDestination:
             self._refuse(error)
         finally:
             trace.postcopy_ram_listen_thread_exit()
+
+    def _let_start(self) -> None:
+        """Leave the processors to the start of the guest, where a page that it waits for comes by another channel."""
+        if self._preempt_thread is not None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._started or self._failure is not None, SETTLE_S)
 
     def _load_rest(self) -> bool:
         """Read until the end: True; False when the connection was lost and can be recovered."""

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 from ..ram.dirty import DirtyPages
 from ..wire.stream import OutputStream
 from .uffd import Userfaultfd
@@ -32,6 +34,11 @@ class PageServer:
         """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
     def make_uniform(self) -> None:
         """A host page of which some target page is dirty is dirty as a whole; then count anew."""
+    def serve_at_once(self, places: Iterable[tuple[int, int]]) -> None:
+        """Send those of the host pages at *places* (a block's index, an offset in it) that are dirty, on the main channel.
+
+        They are for a destination that loads pages still as those of precopy: what comes later names its block anew.
+        """
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""
     def note_clean(self) -> None:

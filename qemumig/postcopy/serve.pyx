@@ -18,7 +18,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from ..encode.zero cimport is_zero
-from ..ram.bitmap cimport Bitmap, clear_bit, find_next_set, set_bit, test_bit
+from ..ram.bitmap cimport Bitmap, clear_bit, count_set, find_next_set, set_bit, test_bit
 from ..ram.block cimport RAMBlock
 from ..ram.dirty cimport DirtyPages, PageBlock
 from ..ram.search cimport next_dirty_page
@@ -387,6 +387,9 @@ cdef class PageServer:
             pthread_mutex_lock(&self.lock)
             for index in range(self.dirty.block_count):
                 entry = &self.dirty.table[index]
+                if self.blocks[index].count == 1:
+                    total += count_set(entry.dirty, entry.pages)
+                    continue
                 page = find_next_set(entry.dirty, 0, entry.pages)
                 while page < entry.pages:
                     first = page - page % self.blocks[index].count
@@ -397,6 +400,22 @@ cdef class PageServer:
                     page = find_next_set(entry.dirty, end, entry.pages)
             self.dirty.remaining = total
             pthread_mutex_unlock(&self.lock)
+
+    def serve_at_once(self, places) -> None:
+        """Send those of the host pages at *places* that are dirty, on the main channel; see serve.pyi."""
+        cdef int index, status = STREAM_OK
+        cdef uint64_t page
+        for index, offset in places:
+            if not (0 <= index < self.dirty.block_count and 0 <= offset < self.dirty.table[index].pages * TARGET_PAGE_SIZE):
+                raise ValueError(f"offset {offset:#x} in block {index}")
+            page = offset // TARGET_PAGE_SIZE
+            page -= page % self.blocks[index].count
+            if status == STREAM_OK and self.claim(index, page):
+                status = self.send_host_page(self.main, index, page)
+        if status == STREAM_OK:
+            status = self.flush(self.main)
+        self.main.last_block = -1
+        self.main.out.raise_on(status)
 
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""

@@ -6,15 +6,21 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvm.block import RawImage
 from kvm.boot import FirmwareError
+from kvm.config import Chipset, DiskConfig
 from kvm.cpuid import CpuModelError
+from kvm.machine_types import find_machine
 from kvm.memory import HostMemory
 from kvm.runstates import NEXT
+from qemumig.cli.guest import CLOCK_PAGE
 from qemumig.errors import MachineError, StateError
 from qemumig.qapi import RunState
+from qemumig.savevm.rehearsal import rehearse
 from tests.support import guest
 from tests.support.guest import Letters
 
@@ -48,6 +54,43 @@ def test_the_guest_boots_with_all_that_the_host_has(workshop: Workshop, model: s
     machine.start()
     wait_for_all(letters, 2)
     assert workshop.warnings == []
+
+
+def test_where_the_vcpus_go_on_is_told_once_they_stand(workshop: Workshop) -> None:
+    """Code, stack, tables and the clock's page of each vCPU: small numbers of pages, all of them in RAM."""
+    machine, _ = running_guest(workshop, 2)
+    with pytest.raises(StateError, match="must be stopped to be looked at"):
+        machine.first_touched()
+    machine.stop(RunState.PAUSED)
+    places = [(block.idstr, offset) for block, offset in machine.first_touched()]
+    assert len(set(places)) == len(places) and 8 < len(places) < 40
+    assert all(offset % PAGE == 0 for _, offset in places)
+    expected = {("microvm.ram", CLOCK_PAGE)}
+    for processor in machine._processors:
+        regs, sregs = processor.vcpu.get_regs(), processor.vcpu.get_sregs()
+        expected |= {("microvm.ram", address & ~(PAGE - 1)) for address in (sregs.cr3, regs.rsp, sregs.idt.base)}
+    assert expected <= set(places)
+
+
+@pytest.mark.parametrize("kind", ["smallest", "largest", "pc"])
+def test_the_devices_of_every_machine_can_be_rehearsed(workshop: Workshop, kind: str) -> None:
+    path = workshop.folder / "disk"
+    path.write_bytes(bytes(512))
+    with RawImage(str(path)) as image:
+        config: dict[str, Any] = {
+            "smallest": {},
+            "largest": {
+                "chipset": Chipset(acpi=True, ioapic2=True, pit=True, pic=True, rtc=True),
+                "disks": [DiskConfig("d0", image, 0)],
+            },
+            "pc": {
+                "bios": "",
+                "machine_type": find_machine("q35"),
+                "ram_idstr": "pc.ram",
+                "disks": [DiskConfig("d0", image, 0, kind="ide-hd")],
+            },
+        }[kind]
+        rehearse(workshop.machine(incoming=True, **config).sections())
 
 
 def test_ram_above_3_gib_is_at_4_gib(workshop: Workshop) -> None:

@@ -172,6 +172,7 @@ class FakeMachine:
         self.refuses = ""  # why it takes no device state
         self.loads = 0
         self.throttled: list[int] = []  # every percentage that was asked for
+        self.touched_first: list[tuple[RAMBlock, int]] = []
         self.guest = FakeGuest(self) if guest else None
 
     # --- memory
@@ -230,6 +231,10 @@ class FakeMachine:
     def save_device_state(self) -> Sequence[tuple[DeviceSection, Any]]:
         self._require_stopped("save the device state")
         return [(s, copy.deepcopy(self.records[s.idstr, s.instance_id])) for s in self._sections]
+
+    def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
+        self._require_stopped("say where it goes on")
+        return self.touched_first
 
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         self._require_stopped("load the device state")

@@ -310,6 +310,9 @@ def backend(**members: Any) -> dict[str, Any]:
     return {"qom-type": "memory-backend-ram", "id": "m3", **{name.replace("_", "-"): v for name, v in members.items()}}
 
 
+# QEMU has memory-backend-shm from 9.1 on.
+BEFORE_SHM = ("memory-backend", "memory-backend-ram", "memory-backend-file", "memory-backend-memfd", "virtio-mmio")
+
 OBJECTS = [
     ask("qom-list", {"path": "/"}, view=by("name", only=("type", "machine", "objects", "chardevs"))),
     ask("qom-list", {"path": "/objects"}, view=by("name", only=("type", "mem1"))),
@@ -401,7 +404,7 @@ OBJECTS = [
     *each("object-del", {"id": "a0"}, {"id": "a1"}, {"id": "t1"}, {"id": "s0"}),
     # QEMU 10 and later look for modules here, and end when those of their package are not beside them
     *(
-        ask("qom-list-types", {"implements": kind, "abstract": True}, view=by("name"), until=7)
+        ask("qom-list-types", {"implements": kind, "abstract": True}, view=by("name", only=BEFORE_SHM), until=7)
         for kind in ("memory-backend", "nosuch", "memory-backend-ram", "virtio-mmio")
     ),
     ask("qom-list-types", {"implements": 5}),

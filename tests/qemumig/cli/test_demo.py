@@ -63,7 +63,6 @@ def test_demo_of_postcopy_tells_what_the_guest_waited_for(capsys: pytest.Capture
         facts = json.loads(output)[hop]["postcopy"]
         assert facts["seconds"] > 0
         assert facts["waits"] >= 0 and facts["blocked_ms"] is not None
-    assert json.loads(output)["there"]["postcopy"]["requests"] > 0
 
 
 def test_plain_output_tells_rounds_figures_and_proof(qemu: str, capsys: pytest.CaptureFixture[str]) -> None:
