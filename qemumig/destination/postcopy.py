@@ -49,7 +49,7 @@ from ..states import StatusMachine
 from ..threads import start_thread
 from ..wire.format import TARGET_PAGE_SIZE
 from ..wire.stream import InputStream
-from .support import check_block, check_support, page_size_summary
+from .support import check_block, check_registration, check_support, page_size_summary
 
 if TYPE_CHECKING:
     from .loader import StreamLoader
@@ -231,6 +231,7 @@ class PostcopyDestination:
             check_block(block, block.idstr in self._fresh)
             if block.idstr not in self._fresh:
                 discard.forget_range(block, 0, block.used_length)
+        check_registration(self._machine.ram_blocks)
         loader.landing.postcopy_advised = True
         self._phase = Phase.ADVISE
         trace.loadvm_postcopy_handle_advise()

@@ -54,6 +54,57 @@ def test_memory_is_equal_when_the_guest_is_held_there(stage: Stage, layout: str)
     stage.assert_guest_is_well(destination)
 
 
+BACKENDS = {
+    "memfd": "memory-backend-memfd,share=on",
+    "private-memfd": "memory-backend-memfd,share=off",
+    "shm": "memory-backend-shm",
+    "file": "memory-backend-file,mem-path=/dev/shm,share=on",
+    "private-file": "memory-backend-file,mem-path=/dev/shm,share=off",
+    "shared": "memory-backend-ram,share=on",
+    "huge-pages": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "preempt"),
+    [
+        ("memfd", False),
+        ("private-memfd", True),
+        ("shm", True),
+        ("file", False),
+        ("private-file", True),
+        ("shared", False),
+        pytest.param("huge-pages", False, marks=pytest.mark.needs("huge pages")),
+        pytest.param("huge-pages", True, marks=pytest.mark.needs("huge pages")),
+    ],
+)
+def test_memory_of_every_kind_can_be_missing(stage: Stage, kind: str, preempt: bool) -> None:
+    """Files are without a name: of a folder on tmpfs."""
+    ends = []
+    for end in ("source", "destination"):
+        extra = ("-object", f"{BACKENDS[kind]},id=m,size={64 * MIB}", "-M", "memory-backend=m")
+        incoming = end == "destination"
+        ends.append(
+            stage.vmm(
+                end,
+                qemumig_system(),
+                guest=GUEST,
+                memory=64 * MIB,
+                incoming=incoming,
+                stopped=incoming,
+                extra=extra,
+                unlimited=False,
+            )
+        )
+    source, destination = ends
+    advise(ends, postcopy_preempt=preempt)
+    begin(source, destination, where="paused")
+    wait_completed(source, destination)
+    assert destination.memory_digest() == source.memory_digest()
+    destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
 def test_threads_have_their_names_and_nothing_is_left_at_the_end(stage: Stage) -> None:
     source, destination = pair(stage)
     before = [len(open_files(vmm.process.pid)) for vmm in (source, destination)]

@@ -53,6 +53,16 @@ def missing_userfaultfd() -> str:
     return ""
 
 
+def missing_huge_pages() -> str:
+    wanted = 64 + 4  # of 2 MiB: two guests of 64 MiB, and a few that the kernel holds back
+    try:
+        with open("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") as file:
+            free = int(file.read())
+    except OSError:
+        return "this kernel has no huge pages of 2 MiB"
+    return "" if free >= wanted else f"{free} huge pages of 2 MiB are free; `sysctl vm.nr_hugepages={wanted}` reserves them"
+
+
 def missing_compiler() -> str:
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         return "no C compiler on PATH; `apt-get install gcc` brings one"
@@ -63,6 +73,7 @@ PROBES = {
     "kvm": missing_kvm,
     "qemu": missing_qemu,
     "userfaultfd": missing_userfaultfd,
+    "huge pages": missing_huge_pages,
     "compiler": missing_compiler,
 }
 
