@@ -10,7 +10,9 @@ from .packet cimport Packet
 from .zerocopy cimport ZeroCopy
 
 cdef enum:
-    QUEUE_DEPTH = 2               # batches of one channel: one under way, one ready
+    QUEUE_DEPTH = 8               # batches of one channel: one under way, the rest ready
+    QUEUE_LOW = 3                 # enough to go on with while whoever fills the queue wakes up
+    NOBODY_WAITS = -1
 
 cdef struct Batch:                # pages of one block, on their way to some channel
     const uint8_t *host           # address of the block's page 0
@@ -34,9 +36,10 @@ cdef class Dispatch:
     cdef Batch filling                # the migration thread's
     cdef int next                     # channel to look at first for room
     cdef pthread_mutex_t mutex
-    cdef pthread_cond_t room          # for the migration thread: some queue has got shorter
+    cdef pthread_cond_t room          # for the migration thread: some queue has come down to `awaited`
     cdef readonly uint64_t queued_pages   # handed over so far
     # under the mutex
+    cdef int awaited                  # length of a queue that the migration thread waits for, or NOBODY_WAITS
     cdef uint64_t packets             # numbered so far
     cdef bint is_over
     cdef readonly object error        # the first failure, or None
@@ -47,6 +50,7 @@ cdef class Dispatch:
     cdef bint hand_over(self) noexcept nogil
     cdef bint put_sync(self) noexcept nogil
     cdef bint wait_sent(self) noexcept nogil
+    cdef void wait_for_room(self, int awaited) noexcept nogil
     cdef bint put_batch(self, int channel_id, const Batch *batch) noexcept nogil
     cdef int shortest_queue(self) noexcept nogil
     cdef Batch *next_batch(self, int channel_id) noexcept nogil

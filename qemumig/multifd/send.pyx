@@ -5,6 +5,8 @@
     Sender     [batch] ─▶ which pages are zero? ─▶ [header][page][page]…  one writev      or [header][compressed pages]
 
 Nobody waits at a sync point: it travels in the queues as in the streams, and the destination is who has to wait.
+When all queues are full the migration thread sleeps until one is nearly empty, so that it wakes up once for several
+packets and not for each of them.
 
 Threads   `Sender.run` in the channel's thread, `mig/src/send_N`; Dispatch in the migration thread, `fail` and `close` from
           any.  No GIL while anything is sent or waited for.
@@ -18,7 +20,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from ..encode.compress cimport CODEC_OK
-from ..encode.zero cimport is_zero
+from ..encode.zero cimport LOOK_AHEAD, expect_look, is_zero
 from ..errors import ChannelError, MigrationCancelled, MigrationError
 from ..wire.format cimport (
     MULTIFD_DATA_LIMIT,
@@ -58,6 +60,7 @@ cdef class Dispatch:
             raise ValueError(f"{count} multifd channels, expected 1 to 255")
         self.count = count
         self.on_failure = on_failure
+        self.awaited = NOBODY_WAITS
         self.queues = <Queue *> calloc(count, sizeof(Queue))
         if self.queues == NULL:
             raise MemoryError("no memory for the queues of multifd channels")
@@ -103,6 +106,12 @@ cdef class Dispatch:
                 best = index
         return best
 
+    cdef void wait_for_room(self, int awaited) noexcept nogil:
+        """Sleep until a queue may have come down to *awaited*; the mutex is held."""
+        self.awaited = awaited
+        pthread_cond_wait(&self.room, &self.mutex)
+        self.awaited = NOBODY_WAITS
+
     cdef bint put_batch(self, int channel_id, const Batch *batch) noexcept nogil:
         """Put *batch* into the queue of a channel, −1: of any, after waiting for room; False when one has failed."""
         cdef Queue *queue
@@ -116,7 +125,7 @@ cdef class Dispatch:
             queue = &self.queues[chosen]
             if queue.count < QUEUE_DEPTH:
                 break
-            pthread_cond_wait(&self.room, &self.mutex)
+            self.wait_for_room(QUEUE_LOW)
         queue.batches[(queue.first + queue.count) % QUEUE_DEPTH] = batch[0]
         queue.count += 1
         self.next = (chosen + 1) % self.count
@@ -157,7 +166,7 @@ cdef class Dispatch:
         pthread_mutex_lock(&self.mutex)
         while index < self.count and not self.is_over:
             if self.queues[index].count:
-                pthread_cond_wait(&self.room, &self.mutex)
+                self.wait_for_room(0)
             else:
                 index += 1
         is_well = not self.is_over
@@ -203,7 +212,8 @@ cdef class Dispatch:
         pthread_mutex_lock(&self.mutex)
         queue.first = (queue.first + 1) % QUEUE_DEPTH
         queue.count -= 1
-        pthread_cond_signal(&self.room)
+        if queue.count <= self.awaited:
+            pthread_cond_signal(&self.room)
         pthread_mutex_unlock(&self.mutex)
 
     cdef uint64_t number_packet(self) noexcept nogil:
@@ -350,6 +360,8 @@ cdef class Sender:
         cdef uint32_t index, normal = 0, zero = 0
         cdef uint64_t zeroes[MULTIFD_PACKET_PAGES]
         for index in range(batch.normal_pages):
+            if self.detects_zero and index + LOOK_AHEAD < batch.normal_pages:
+                expect_look(batch.host + batch.offset[index + LOOK_AHEAD])
             if self.detects_zero and is_zero(batch.host + batch.offset[index], TARGET_PAGE_SIZE):
                 zeroes[zero] = batch.offset[index]
                 zero += 1

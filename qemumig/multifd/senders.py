@@ -7,6 +7,7 @@ Threads   the migration thread calls everything here; `mig/src/send_N` runs the 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -40,8 +41,12 @@ class Senders:
         self._threads: list[threading.Thread] = []
         self.dispatch = Dispatch(self._count, on_failure)
 
-    def open(self, open_channel: Callable[[], Channel], uuid: bytes | None, *, shares_core: bool) -> None:
-        """Open every channel with *open_channel*; ChannelError when one cannot be, MigrationCancelled when told to quit."""
+    def open(self, open_channel: Callable[[], Channel], uuid: bytes | None, *, is_busy: bool) -> None:
+        """Open every channel with *open_channel*; ChannelError when one cannot be, MigrationCancelled when told to quit.
+
+        *is_busy*: the guest runs, and keeps cores for itself.
+        """
+        shares_core = is_busy or self._outnumbers_cores()
         for number in range(self._count):
             channel = open_channel()
             channel.announces_end = self._announces_end
@@ -59,6 +64,10 @@ class Senders:
                 sender.send_uncopied_by(ZeroCopy(channel))
             self._senders.append(sender)
             self._threads.append(start_thread(f"mig/src/send_{number}", partial(self._run, number, sender)))
+
+    def _outnumbers_cores(self) -> bool:
+        """Whether the threads of both ends, were these on one host, would have to take turns."""
+        return 2 * self._count > len(os.sched_getaffinity(0))
 
     def _run(self, number: int, sender: Sender) -> None:
         trace.multifd_send_thread_start(number)

@@ -243,7 +243,7 @@ class Attempt:
         in_channels = live_multifd.zero_page_detection(self.options) == "multifd"
         self._senders = Senders(self.options, detects_zero=in_channels, on_failure=self._quit.set)
         is_busy = self.machine.runstate is RunState.RUNNING
-        self._senders.open(self._open_channel, self.machine.uuid, shares_core=is_busy)
+        self._senders.open(self._open_channel, self.machine.uuid, is_busy=is_busy)
 
     def _return_path_has_ended(self) -> None:
         """Who does not answer any more will never have the guest: let nobody wait for room on the way there."""
