@@ -178,6 +178,11 @@ class Listener:
         """The next channel; None when one of *events* (descriptor: select.POLLIN, …) or the end of the time comes first."""
         return self.accept()
 
+    @property
+    def receives(self) -> bool:
+        """Whether somebody has connected and is not a channel yet: there is a handshake to be done."""
+        return False
+
     def expect(self, channels: int) -> None:
         """Make room for that many to come at once."""
 
@@ -237,6 +242,10 @@ class SocketListener(Listener):
                 return connection
             self._receive(connection, server, speaks)
         return self._reception.take() if self._reception is not None else None
+
+    @property
+    def receives(self) -> bool:
+        return self._reception is not None and bool(self._reception.waits())
 
     def expect(self, channels: int) -> None:
         self._expected = channels

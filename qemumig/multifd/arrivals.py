@@ -70,9 +70,17 @@ class Arrivals:
         if self.expected and not self._listener.takes_more:
             raise OptionError("Migration requires multi-channel URIs (e.g. tcp)", name="multifd", value=True)
         self._listener.expect(self.expected + 1)
-        while self.main is None or len(self.channels) < self.expected:
-            self._step(self._patience_ms())
-            self._let_go()
+        while not self._is_complete():
+            is_quiet = not self._step(self._patience_ms()) and not self._more_are_coming()
+            if is_quiet and not self._is_complete():  # who has ended otherwise may have sent all that it had to
+                self._let_go()
+
+    def _more_are_coming(self) -> bool:
+        """Whether some have connected who may belong here, for all that is known."""
+        return bool(self._silent) or self._listener.receives
+
+    def _is_complete(self) -> bool:
+        return self.main is not None and len(self.channels) >= self.expected
 
     def _patience_ms(self) -> int | None:
         """How long to wait for the next one; ChannelError when that was long enough."""
@@ -106,7 +114,7 @@ class Arrivals:
     def _step(self, timeout_ms: int | None = None) -> bool:
         """Wait for the next thing to happen; whether it was a connection."""
         events = {channel.read_fd: select.POLLIN for channel in self._silent}
-        if self._stop is None and self.expected:
+        if self._stop is None and self.expected and not self._more_are_coming():
             events |= {channel.read_fd: select.POLLRDHUP for channel in self._present()}  # who may leave again
         if self._stop is not None:
             events[self._stop.fd] = select.POLLIN
@@ -170,7 +178,7 @@ class Arrivals:
             raise StreamError(
                 f"the source has a multifd channel {channel_id}, this side has {self.expected} of them: {EQUAL}"
             )
-        if self._stop is None:  # one that has left again makes room for its successor
+        if self._stop is None and channel_id in self.channels:  # one that has left again makes room for its successor
             self._let_go()
         if channel_id in self.channels:
             raise StreamError(f"multifd channel {channel_id} has come twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +56,40 @@ def test_who_has_said_nothing_when_all_is_loaded(preempt: bool, directory: Path,
     arrivals.main.close()
     for sock in source:
         sock.close()
+
+
+def test_a_source_may_have_sent_everything_before_it_is_looked_at(directory: Path, listener: Listener) -> None:
+    """Channels that have ended already, the last one having said who it is only then, are all there."""
+    options = MigrationOptions()
+    options.set_capabilities({"multifd": True}.items())
+    options.set_parameters({"multifd-channels": 2})
+    arrivals = Arrivals(listener, options, None)
+    listener.expect(3)
+    main, first, last = (connection(directory, words) for words in (MAIN, encode_init(NO_UUID, 0), b""))
+    for sock in (main, first):
+        sock.shutdown(socket.SHUT_WR)
+    speaking = threading.Timer(0.1, last.sendall, (encode_init(NO_UUID, 1),))
+    speaking.start()
+    arrivals.gather()
+    speaking.join()
+    assert sorted(arrivals.channels) == [0, 1]
+    arrivals.close()
+    assert arrivals.main is not None
+    arrivals.main.close()
+    for sock in (main, first, last):
+        sock.close()
+
+
+def test_a_source_that_has_gone_is_not_waited_for(directory: Path, listener: Listener) -> None:
+    options = MigrationOptions()
+    options.set_capabilities({"multifd": True}.items())
+    options.set_parameters({"multifd-channels": 2})
+    arrivals = Arrivals(listener, options, None)
+    listener.expect(2)
+    for words in (MAIN, encode_init(NO_UUID, 0)):
+        connection(directory, words).close()  # before anybody was let in
+    with pytest.raises(StreamError, match="the source has gone while 1 of 2 multifd channels were missing"):
+        arrivals.gather()
+    arrivals.close()
+    assert arrivals.main is not None
+    arrivals.main.close()
