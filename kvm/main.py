@@ -20,7 +20,6 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qemumig.errors import MigrationError
-from qemumig.savevm.rehearsal import rehearse
 from qemumig.threads import NAME_BYTES, take_name, workers
 
 from . import trace
@@ -297,6 +296,8 @@ class Program:
         loop = self._loop
 
         def begin() -> None:
+            from qemumig.savevm.rehearsal import rehearse  # the machine has loaded the rest of that room by now
+
             self._rehearsal = loop.run_in_executor(None, rehearse, machine.sections())
 
         timer = loop.call_later(REHEARSE_S, begin)
