@@ -105,11 +105,10 @@ def _temporary_image(size: int) -> RawImage:
     import tempfile  # only here: it is slow to import
 
     folder = os.environ.get("TMPDIR") or "/var/tmp"
-    path = os.path.join(folder, "qemumig.XXXXXX")
     try:
         fd, path = tempfile.mkstemp(prefix="qemumig.", dir=folder)
     except OSError as error:
-        raise BlockError(f"Could not open temporary file '{path}': {error.strerror}") from error
+        raise BlockError(f"Could not open a temporary file in '{folder}': {error.strerror}") from error
     try:
         os.truncate(fd, size)
         return RawImage(path, flushes=False, unmaps=True, locks=False)

@@ -86,5 +86,5 @@ def test_nothing_outside_is_touched(path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
     monkeypatch.setenv("TMPDIR", "/nosuch")
-    with pytest.raises(BlockError, match=r"Could not open temporary file '/nosuch/qemumig\.XXXXXX': No such file"):
+    with pytest.raises(BlockError, match="Could not open a temporary file in '/nosuch': No such file"):
         TemporarySnapshot(str(path))

@@ -36,13 +36,26 @@ def connection(directory: Path, first: bytes) -> socket.socket:
     return sock
 
 
+def waiting(listener: Listener, channels: int, *, preempt: bool = False) -> Arrivals:
+    """A destination that wants so many channels of multifd."""
+    options = MigrationOptions()
+    options.set_capabilities({"multifd": True, "postcopy-ram": preempt, "postcopy-preempt": preempt}.items())
+    options.set_parameters({"multifd-channels": channels})
+    return Arrivals(listener, options, None)
+
+
+def close(arrivals: Arrivals, *source: socket.socket) -> None:
+    arrivals.close()
+    assert arrivals.main is not None
+    arrivals.main.close()
+    for sock in source:
+        sock.close()
+
+
 @pytest.mark.parametrize("preempt", [False, True])
 def test_who_has_said_nothing_when_all_is_loaded(preempt: bool, directory: Path, listener: Listener) -> None:
     """It costs its own connection, unless it may be the channel of urgent pages and another was taken for that."""
-    options = MigrationOptions()
-    options.set_capabilities({"multifd": True, "postcopy-ram": preempt, "postcopy-preempt": preempt}.items())
-    options.set_parameters({"multifd-channels": 1})
-    arrivals = Arrivals(listener, options, None)
+    arrivals = waiting(listener, 1, preempt=preempt)
     source = [connection(directory, first) for first in (encode_init(NO_UUID, 0), MAIN)]
     arrivals.gather()
     source.append(connection(directory, b""))
@@ -51,19 +64,12 @@ def test_who_has_said_nothing_when_all_is_loaded(preempt: bool, directory: Path,
             arrivals.check_surplus()
     else:
         arrivals.check_surplus()
-    arrivals.close()
-    assert arrivals.main is not None
-    arrivals.main.close()
-    for sock in source:
-        sock.close()
+    close(arrivals, *source)
 
 
 def test_a_source_may_have_sent_everything_before_it_is_looked_at(directory: Path, listener: Listener) -> None:
     """Channels that have ended already, the last one having said who it is only then, are all there."""
-    options = MigrationOptions()
-    options.set_capabilities({"multifd": True}.items())
-    options.set_parameters({"multifd-channels": 2})
-    arrivals = Arrivals(listener, options, None)
+    arrivals = waiting(listener, 2)
     listener.expect(3)
     main, first, last = (connection(directory, words) for words in (MAIN, encode_init(NO_UUID, 0), b""))
     for sock in (main, first):
@@ -73,23 +79,14 @@ def test_a_source_may_have_sent_everything_before_it_is_looked_at(directory: Pat
     arrivals.gather()
     speaking.join()
     assert sorted(arrivals.channels) == [0, 1]
-    arrivals.close()
-    assert arrivals.main is not None
-    arrivals.main.close()
-    for sock in (main, first, last):
-        sock.close()
+    close(arrivals, main, first, last)
 
 
 def test_a_source_that_has_gone_is_not_waited_for(directory: Path, listener: Listener) -> None:
-    options = MigrationOptions()
-    options.set_capabilities({"multifd": True}.items())
-    options.set_parameters({"multifd-channels": 2})
-    arrivals = Arrivals(listener, options, None)
+    arrivals = waiting(listener, 2)
     listener.expect(2)
     for words in (MAIN, encode_init(NO_UUID, 0)):
         connection(directory, words).close()  # before anybody was let in
     with pytest.raises(StreamError, match="the source has gone while 1 of 2 multifd channels were missing"):
         arrivals.gather()
-    arrivals.close()
-    assert arrivals.main is not None
-    arrivals.main.close()
+    close(arrivals)
