@@ -7,8 +7,6 @@ from kvm.chardev_options import from_chardev, from_device
 
 from .chardev_ends import running
 
-# ---- files, pipes, null ----
-
 
 def test_null_takes_everything():
     assert from_device("null", "c0").write(b"abc") == 3

@@ -7,8 +7,6 @@ import pytest
 from kvm.chardev_options import CharDevices, from_chardev, from_device
 from kvm.keyval import UsageError
 
-# ---- what is said about mistakes ----
-
 
 @pytest.mark.parametrize(
     ("text", "message"),

@@ -15,8 +15,6 @@ from kvm.keyval import UsageError
 
 from .chardev_ends import PATIENCE_S, Listener, connect, read_exactly, read_to_end, running
 
-# ---- sockets ----
-
 
 def test_a_server_serves_one_client_after_the_other(directory):
     async def scenario():
