@@ -203,6 +203,17 @@ def test_keep_alive_reaches_the_kernel_on_both_ends(quit_event: QuitEvent) -> No
     listener.close()
 
 
+def test_no_control_of_congestion_paces_what_stays_on_one_host(quit_event: QuitEvent) -> None:
+    listener = incoming(parse_uri("tcp:127.0.0.1:0"), quit_event.fd, no_fd)
+    source = connect(parse_uri(f"tcp:127.0.0.1:{listener.socket_addresses()[0]['port']}"), quit_event)
+    destination = listener.accept()
+    for channel in (source, destination):
+        with socket.socket(fileno=os.dup(channel.read_fd)) as sock:
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+        channel.close()
+    listener.close()
+
+
 def test_a_keep_alive_that_the_kernel_refuses_is_named(quit_event: QuitEvent) -> None:
     finding = r"Unable to set keep-alive-count of 127.0.0.1:\d+ to 4000000000: Invalid argument"
     words = "keep-alive,keep-alive-count=4000000000"
