@@ -70,7 +70,7 @@ cdef class FaultServer:
         self.faults += 1
         if test_bit_shared(block.received, page):
             self.zeroes += 1
-            return self.memory.place(index, page, NULL)
+            return self.memory.place(index, page, 1, NULL)
         self.memory.times.begin(<uint64_t> block.host + page * TARGET_PAGE_SIZE, fault.thread_id)
         if set_bit_shared(block.requested, page):
             self.merged += 1

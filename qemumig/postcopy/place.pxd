@@ -29,8 +29,13 @@ cdef class MissingMemory:
     cdef readonly int block_count
     cdef uint64_t largest             # host page of all blocks
     cdef uint8_t *zeroes              # as many, where the kernel cannot place zero pages by itself
-    cdef int error                    # errno of the first page that could not be placed
+    cdef int error                    # errno of the last page that could not be placed …
+    cdef int failed_block             # … and which one that was
+    cdef uint64_t failed_page
     cdef uint64_t placed              # host pages; shared
+    cdef uint64_t placings            # how often pages were placed, several at once counting as one; shared
 
     cdef int find_address(self, uint64_t address) noexcept nogil
-    cdef int place(self, int index, uint64_t page, const void *data) noexcept nogil
+    cdef int place(self, int index, uint64_t page, uint64_t count, const void *data) noexcept nogil
+    cdef int put(self, MissingBlock *block, uint64_t offset, uint64_t length, const void *data, uint64_t *done) noexcept nogil
+    cdef void note_placed(self, MissingBlock *block, uint64_t page, uint64_t end) noexcept nogil

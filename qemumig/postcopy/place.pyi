@@ -25,6 +25,9 @@ class MissingMemory:
     @property
     def placed_pages(self) -> int:
         """Host pages placed so far."""
+    @property
+    def times_placed(self) -> int:
+        """How often pages were placed; neighbours that were placed at once count as one."""
     def missing_pages(self) -> int:
         """Target pages that the source has still to send."""
     def outstanding_pages(self) -> int:

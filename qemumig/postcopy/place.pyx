@@ -3,8 +3,14 @@
     MissingMemory   all of guest RAM after LISTEN: what has arrived, what was asked for; registered with userfaultfd
     PageReceiver    the records of one channel ─▶ host pages ─▶ UFFDIO_COPY, or UFFDIO_ZEROPAGE
 
-Where a host page is one target page, a PAGE record is placed out of the stream's buffer.  A larger one is gathered in a
-page of the receiver's own: its target pages come one behind the other on that channel, in any order, each once.
+Where a host page is one target page, PAGE records are placed out of the stream's buffer: neighbours that are there
+already are pushed together in it and placed at once, which saves half of what the kernel takes for one by one.
+
+    [head][PAGE 0x3000][head][PAGE 0x4000][head][PAGE 0x5000] ─▶ [ 0x3000 0x4000 0x5000 ] ─▶ placed
+
+A run ends with a page that somebody waits for, and before anything is read: no page waits for bytes to come.  A larger
+host page is gathered in a page of the receiver's own: its target pages come one behind the other on that channel, in any
+order, each once.
 
     PAGE 0x0000 … PAGE 0x1000 … ZERO 0x2000 … ─▶ [ 2 MiB ] ─▶ placed when the last of them is there
 
@@ -17,7 +23,7 @@ Holds     (1) no byte of a peer is used as an offset, a length or a name before 
 from libc.errno cimport EEXIST
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from ..wire.format cimport (
     RAM_SAVE_FLAG_CONTINUE,
@@ -58,6 +64,7 @@ cdef enum ReceiveStatus:
 
 cdef enum:
     RECORDS_AT_A_TIME = 32768
+    RUN_LIMIT = 16                # neighbours placed at once: more gain little, and who touched the first waits for the last
     HEAD = 8
 
 
@@ -112,29 +119,54 @@ cdef class MissingMemory:
                 return index
         return -1
 
-    cdef int place(self, int index, uint64_t page, const void *data) noexcept nogil:
-        """Place the host page that begins with target page *page*; *data* NULL: zeroes.  0 or an errno."""
+    cdef int place(self, int index, uint64_t page, uint64_t count, const void *data) noexcept nogil:
+        """Place *count* host pages that begin with target page *page*; *data* NULL: zeroes.  0 or an errno.
+
+        One that somebody else has placed meanwhile stays as it is, and those behind it are placed all the same.  What the
+        kernel does not take at once, as where its own division of the memory lies between two pages, it gets one by one.
+        """
         cdef MissingBlock *block = &self.table[index]
-        cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE
-        cdef uint64_t count = block.host_page // TARGET_PAGE_SIZE, number
-        cdef int status
-        if data != NULL:
-            status = self.uffd.copy(target, data, block.host_page)
-        elif block.takes_zero:
-            status = self.uffd.zero(target, block.host_page)
-        else:
-            status = self.uffd.copy(target, self.zeroes, block.host_page)
-        if status == EEXIST:
-            status = self.uffd.wake(target, block.host_page)
+        cdef uint64_t offset = page * TARGET_PAGE_SIZE, length = count * block.host_page, step = length, done = 0, part
+        cdef const uint8_t *rest = <const uint8_t *> data
+        cdef int status = 0
+        while done < length and status == 0:
+            status = self.put(block, offset + done, min(step, length - done), rest, &part)
+            if status == EEXIST:
+                status = self.uffd.wake(block.host + offset + done + part, block.host_page)
+                part += 0 if status else block.host_page
+            elif status and step > block.host_page:
+                step = block.host_page
+                status = 0
+            done += part
+            if data != NULL:
+                rest += part
+        atomic_fetch_add(&self.placings, 1, SEQ_CST)
+        self.note_placed(block, page, page + done // TARGET_PAGE_SIZE)
         if status:
             self.error = status
-            return status
-        for number in range(count):
-            set_bit_shared(block.received, page + number)
-        clear_bit_shared(block.requested, page)
-        atomic_fetch_add(&self.placed, 1, SEQ_CST)
-        self.times.end(<uint64_t> target, block.host_page)
-        return 0
+            self.failed_block = index
+            self.failed_page = page + done // TARGET_PAGE_SIZE
+        return status
+
+    cdef int put(self, MissingBlock *block, uint64_t offset, uint64_t length, const void *data, uint64_t *done) noexcept nogil:
+        """Have the kernel place whole host pages, as many as it can; *done* bytes of them are."""
+        if data != NULL:
+            return self.uffd.copy(block.host + offset, data, length, done)
+        if block.takes_zero:
+            return self.uffd.zero(block.host + offset, length, done)
+        return self.uffd.copy(block.host + offset, self.zeroes, block.host_page, done)
+
+    cdef void note_placed(self, MissingBlock *block, uint64_t page, uint64_t end) noexcept nogil:
+        """The target pages from *page* to *end* are here, and whoever waited for them goes on."""
+        cdef uint64_t count = block.host_page // TARGET_PAGE_SIZE, number
+        if page == end:
+            return
+        for number in range(page, end):
+            set_bit_shared(block.received, number)
+            if test_bit_shared(block.requested, number):
+                clear_bit_shared(block.requested, number)
+        atomic_fetch_add(&self.placed, (end - page) // count, SEQ_CST)
+        self.times.end(<uint64_t> block.host + page * TARGET_PAGE_SIZE, (end - page) * TARGET_PAGE_SIZE)
 
     # ---- the door ----
 
@@ -162,6 +194,11 @@ cdef class MissingMemory:
     def placed_pages(self) -> int:
         """Host pages placed so far."""
         return self.placed
+
+    @property
+    def times_placed(self) -> int:
+        """How often pages were placed; neighbours that were placed at once count as one."""
+        return self.placings
 
     def missing_pages(self) -> int:
         """Target pages that the source has still to send."""
@@ -202,6 +239,10 @@ cdef class PageReceiver:
     cdef uint64_t gathered_page       # its first target page
     cdef uint64_t gathered_count      # target pages of it that are here; 0: there is none on its way
     cdef bint gathered_zero           # all of them zero so far
+    cdef int run_block                # neighbours that were read and not placed yet
+    cdef uint64_t run_page            # the first of them
+    cdef uint64_t run_count           # 0: there are none
+    cdef uint8_t *run_data            # in the stream's buffer, before its position; NULL: zeroes
     cdef int stream_status
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
@@ -225,16 +266,16 @@ cdef class PageReceiver:
 
     cdef int take_block(self) noexcept nogil:
         """Settle which block the record at hand means; its head has been consumed."""
-        cdef int block
+        cdef int block, status
         if self.head & RAM_SAVE_FLAG_CONTINUE:
             return RECEIVE_EOS if self.last_block >= 0 else RECEIVE_NO_BLOCK
-        self.stream_status = self.stream.ensure(1)
-        if self.stream_status != STREAM_OK:
-            return RECEIVE_STREAM
+        status = self.need(1)
+        if status != RECEIVE_EOS:
+            return status
         self.name_length = self.stream.buffer[self.stream.position]
-        self.stream_status = self.stream.ensure(1 + self.name_length)
-        if self.stream_status != STREAM_OK:
-            return RECEIVE_STREAM
+        status = self.need(1 + self.name_length)
+        if status != RECEIVE_EOS:
+            return status
         memcpy(self.name, self.stream.buffer + self.stream.position + 1, self.name_length)
         self.stream.position += 1 + self.name_length
         block = self.memory.landing.find_block(self.name, self.name_length)
@@ -243,14 +284,53 @@ cdef class PageReceiver:
         self.last_block = block
         return RECEIVE_EOS
 
-    cdef int take_page(self, uint64_t page, const uint8_t *data) noexcept nogil:
+    cdef int take_page(self, uint64_t page, uint8_t *data) noexcept nogil:
         """One target page of `last_block`; *data* NULL: zeroes."""
         cdef MissingBlock *block = &self.memory.table[self.last_block]
+        cdef int status
         if block.host_page > TARGET_PAGE_SIZE:
             return self.gather(block, page, data)
+        if not self.continues_run(page, data):
+            status = self.place_run()
+            if status != RECEIVE_EOS:
+                return status
         if test_bit_shared(block.received, page):
             return RECEIVE_EOS
-        return RECEIVE_NOT_PLACED if self.memory.place(self.last_block, page, data) else RECEIVE_EOS
+        if self.run_count == 0:
+            self.run_block = self.last_block
+            self.run_page = page
+            self.run_data = data
+        elif data != NULL:  # the head of a record lies between the pages: close the gap
+            memmove(self.run_data + self.run_count * TARGET_PAGE_SIZE, data, TARGET_PAGE_SIZE)
+        self.run_count += 1
+        return self.place_run() if test_bit_shared(block.requested, page) else RECEIVE_EOS
+
+    cdef bint continues_run(self, uint64_t page, const uint8_t *data) noexcept nogil:
+        return (
+            0 < self.run_count < RUN_LIMIT
+            and self.run_block == self.last_block
+            and self.run_page + self.run_count == page
+            and (self.run_data == NULL) == (data == NULL)
+        )
+
+    cdef int place_run(self) noexcept nogil:
+        """Place the pages that were read and are not placed yet."""
+        cdef uint64_t count = self.run_count
+        self.run_count = 0
+        if count == 0:
+            return RECEIVE_EOS
+        return RECEIVE_NOT_PLACED if self.memory.place(self.run_block, self.run_page, count, self.run_data) else RECEIVE_EOS
+
+    cdef int need(self, size_t length) noexcept nogil:
+        """Have *length* bytes of the stream at hand.  Nothing waits to be placed while the stream is waited for."""
+        cdef int status
+        if self.stream.end - self.stream.position >= length:
+            return RECEIVE_EOS
+        status = self.place_run()
+        if status != RECEIVE_EOS:
+            return status
+        self.stream_status = self.stream.ensure(length)
+        return RECEIVE_EOS if self.stream_status == STREAM_OK else RECEIVE_STREAM
 
     cdef int gather(self, MissingBlock *block, uint64_t page, const uint8_t *data) noexcept nogil:
         """A piece of a larger host page; it is placed with the last of them."""
@@ -278,7 +358,7 @@ cdef class PageReceiver:
         if test_bit_shared(block.received, first):
             return RECEIVE_EOS
         data = NULL if self.gathered_zero else self.gathered
-        return RECEIVE_NOT_PLACED if self.memory.place(self.gathered_block, first, data) else RECEIVE_EOS
+        return RECEIVE_NOT_PLACED if self.memory.place(self.gathered_block, first, 1, data) else RECEIVE_EOS
 
     cdef int receive_record(self) noexcept nogil:
         """The record whose head was read."""
@@ -293,9 +373,9 @@ cdef class PageReceiver:
             return status
         if page >= self.memory.table[self.last_block].pages:
             return RECEIVE_BAD_OFFSET
-        self.stream_status = self.stream.ensure(length)
-        if self.stream_status != STREAM_OK:
-            return RECEIVE_STREAM
+        status = self.need(length)
+        if status != RECEIVE_EOS:
+            return status
         if flags == RAM_SAVE_FLAG_PAGE:
             self.normal_pages += 1
             status = self.take_page(page, self.stream.buffer + self.stream.position)
@@ -307,12 +387,18 @@ cdef class PageReceiver:
         return status
 
     cdef int receive_some(self, int limit) noexcept nogil:
+        """Up to *limit* records; every page of them that is whole is placed, whatever comes after it."""
+        cdef int status = self.receive_records(limit)
+        cdef int placed = self.place_run()
+        return placed if placed != RECEIVE_EOS else status
+
+    cdef int receive_records(self, int limit) noexcept nogil:
         cdef int status
         while limit > 0:
             limit -= 1
-            self.stream_status = self.stream.ensure(HEAD)
-            if self.stream_status != STREAM_OK:
-                return RECEIVE_STREAM
+            status = self.need(HEAD)
+            if status != RECEIVE_EOS:
+                return status
             self.head_offset = self.stream.base + self.stream.position
             self.head = get_be64(self.stream.buffer + self.stream.position)
             self.stream.position += HEAD
@@ -360,6 +446,7 @@ cdef class PageReceiver:
         value = self.head & ~<uint64_t> (TARGET_PAGE_SIZE - 1)
         block = self.memory.blocks[self.last_block].idstr if self.last_block >= 0 else ""
         if status == RECEIVE_NOT_PLACED:
+            block, value = self.memory.blocks[self.memory.failed_block].idstr, self.memory.failed_page * TARGET_PAGE_SIZE
             text = f"the page at {value:#x} of block '{block}' could not be placed: {os.strerror(self.memory.error)}"
             return MachineError(text)
         if status == RECEIVE_BAD_NAME:

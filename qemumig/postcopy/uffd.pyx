@@ -193,39 +193,41 @@ cdef class Userfaultfd:
 
     # ---- for engines ----
 
-    cdef int copy(self, void *target, const void *source, uint64_t length) noexcept nogil:
-        """Place *length* bytes, whole host pages; EEXIST when the first that is left was there already."""
+    cdef int copy(self, void *target, const void *source, uint64_t length, uint64_t *done) noexcept nogil:
+        """Place *length* bytes, whole host pages; *done* of them are.  EEXIST when the first that is left was there already."""
         cdef uffdio_copy request
-        cdef uint64_t done = 0
-        while done < length:
-            request.dst = <uint64_t> target + done
-            request.src = <uint64_t> source + done
-            request.len = length - done
+        done[0] = 0
+        while done[0] < length:
+            request.dst = <uint64_t> target + done[0]
+            request.src = <uint64_t> source + done[0]
+            request.len = length - done[0]
             request.mode = 0
             request.copy = 0
             if ioctl(self.fd, UFFDIO_COPY, &request) == 0:
+                done[0] = length
                 return 0
             if errno != EAGAIN and errno != EINTR:
                 return errno
             if request.copy > 0:
-                done += request.copy
+                done[0] += request.copy
         return 0
 
-    cdef int zero(self, void *target, uint64_t length) noexcept nogil:
+    cdef int zero(self, void *target, uint64_t length, uint64_t *done) noexcept nogil:
         """Place zero pages, likewise."""
         cdef uffdio_zeropage request
-        cdef uint64_t done = 0
-        while done < length:
-            request.range.start = <uint64_t> target + done
-            request.range.len = length - done
+        done[0] = 0
+        while done[0] < length:
+            request.range.start = <uint64_t> target + done[0]
+            request.range.len = length - done[0]
             request.mode = 0
             request.zeropage = 0
             if ioctl(self.fd, UFFDIO_ZEROPAGE, &request) == 0:
+                done[0] = length
                 return 0
             if errno != EAGAIN and errno != EINTR:
                 return errno
             if request.zeropage > 0:
-                done += request.zeropage
+                done[0] += request.zeropage
         return 0
 
     cdef int wake(self, void *target, uint64_t length) noexcept nogil:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import struct
 import threading
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from qemumig.channels.channel import QuitEvent
-from qemumig.errors import ChannelError, StreamError
+from qemumig.errors import ChannelError, MachineError, StreamError
 from qemumig.postcopy.answers import Answers
 from qemumig.postcopy.blocktime import FaultTimes
 from qemumig.postcopy.faults import FaultServer
@@ -22,6 +23,7 @@ from qemumig.postcopy.uffd import Userfaultfd
 from qemumig.ram.landing import Landing
 from qemumig.wire.stream import InputStream
 from tests.support.memory import Memory, channel_pair
+from tests.support.vmm import wait_until
 
 pytestmark = pytest.mark.needs("userfaultfd")
 
@@ -29,6 +31,7 @@ PAGE = 4096
 PAGES = 64
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 ZERO, FULL, EOS, CONTINUE = 0x2, 0x8, 0x10, 0x20
+UFFDIO_COPY = 0xC028AA03
 
 
 @contextmanager
@@ -78,9 +81,117 @@ def test_pages_and_zeroes_land_where_they_belong(flags: int) -> None:
 
 def test_a_page_that_is_here_is_not_written_again() -> None:
     with missing() as link:
-        feed(link, record(0x3000, FULL, b"x" * PAGE), record(0x3000, FULL, b"z" * PAGE))
-        assert link.memory.read(0x3000, PAGE) == b"x" * PAGE
-        assert link.here.placed_pages == 1
+        feed(link, run_of(2, b"wx"), record(0x3000, FULL, b"z" * PAGE), run_of(2, b"yy"))
+        assert pages_of(link.memory, 2, 2) == b"wx"
+        assert link.here.placed_pages == 2
+
+
+def pages_of(memory: Memory, first: int, count: int) -> bytes:
+    """The first byte of each page, and that the rest of it is the same."""
+    data = memory.read(first * PAGE, count * PAGE)
+    firsts = data[::PAGE]
+    assert data == b"".join(bytes([value]) * PAGE for value in firsts)
+    return firsts
+
+
+def run_of(first: int, values: bytes) -> bytes:
+    """Records of neighbours, page by page full of one of *values*."""
+    parts = [record((first + i) * PAGE, FULL | CONTINUE * (i > 0), bytes([value]) * PAGE) for i, value in enumerate(values)]
+    return b"".join(parts)
+
+
+def test_neighbours_are_placed_at_once_sixteen_at_most() -> None:
+    with missing() as link:
+        feed(link, run_of(8, bytes(range(1, 41))))
+        assert pages_of(link.memory, 8, 40) == bytes(range(1, 41))
+        assert (link.here.placed_pages, link.here.times_placed, link.here.missing_pages()) == (40, 3, PAGES - 40)
+
+
+def test_only_neighbours_of_one_kind_are_placed_at_once() -> None:
+    zero = record(10 * PAGE, ZERO | CONTINUE, b"\0") + record(11 * PAGE, ZERO | CONTINUE, b"\0")
+    with missing() as link:
+        feed(link, run_of(8, b"ab"), zero, run_of(12, b"cd"), run_of(20, b"e"), run_of(19, b"f"))
+        assert pages_of(link.memory, 8, 6) == b"ab\0\0cd"
+        assert pages_of(link.memory, 19, 2) == b"fe"
+        assert (link.here.placed_pages, link.here.times_placed) == (8, 5)
+
+
+def place_unnoticed(link: SimpleNamespace, page: int, value: bytes) -> None:
+    """As another thread that has placed a page and has not yet said so."""
+    data = ctypes.create_string_buffer(value * PAGE)
+    target = link.memory.block.host_address + page * PAGE
+    fcntl.ioctl(link.here.uffd.fd, UFFDIO_COPY, struct.pack("QQQQq", target, ctypes.addressof(data), PAGE, 0, 0))
+
+
+@pytest.mark.parametrize("flags", [PRIVATE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS], ids=["private", "shared"])
+@pytest.mark.parametrize("there", [(8,), (10,), (12,), (9, 10), (8, 10, 12)], ids=str)
+@pytest.mark.parametrize("kind", [FULL, ZERO], ids=["pages", "zeroes"])
+def test_what_somebody_else_has_placed_stays_and_its_neighbours_are_placed(
+    kind: int, there: tuple[int, ...], flags: int
+) -> None:
+    with missing(flags) as link:
+        for page in there:
+            place_unnoticed(link, page, b"w")
+        zeroes = b"".join(record(page * PAGE, ZERO, b"\0") for page in range(8, 13))
+        feed(link, run_of(8, b"abcde") if kind == FULL else zeroes)
+        sent = b"abcde" if kind == FULL else bytes(5)
+        assert pages_of(link.memory, 8, 5) == bytes(ord("w") if 8 + i in there else sent[i] for i in range(5))
+        assert (link.here.missing_pages(), link.here.times_placed) == (PAGES - 5, 1)
+
+
+def test_who_waits_for_a_page_among_its_neighbours_goes_on_before_those_behind_it() -> None:
+    with missing() as link, fault_thread(link):
+        seen: list[int] = []
+        address = link.memory.block.host_address + 11 * PAGE
+        waiter = threading.Thread(target=lambda: seen.append(touch(address)))
+        waiter.start()
+        link.far._socket_recv(20)
+        feed(link, run_of(8, b"abcdefgh"))
+        waiter.join()
+        assert seen == [ord("d")]
+        assert (link.here.times_placed, link.here.outstanding_pages()) == (2, 0)
+
+
+def test_no_page_waits_for_bytes_to_come() -> None:
+    with missing() as link:
+        receiver = threading.Thread(target=link.receiver.load_body)
+        receiver.start()
+        half_a_head = b"\0" * 4
+        link.far._socket.sendall(run_of(0, b"ab") + half_a_head)
+        wait_until(lambda: link.here.missing_pages() == PAGES - 2, "both pages to be placed")
+        assert receiver.is_alive()
+        link.far._socket.sendall(struct.pack(">Q", EOS)[4:])
+        receiver.join()
+        assert pages_of(link.memory, 0, 2) == b"ab"
+
+
+@pytest.mark.parametrize("end", [record(11 * PAGE, FULL, b"d" * 4000), b"\0\0\0", record(11 * PAGE, 0x40, b"")], ids=repr)
+def test_pages_before_a_lost_link_or_a_bad_record_are_here(end: bytes) -> None:
+    with missing() as link:
+        link.far._socket.sendall(run_of(8, b"abc") + end)
+        link.far.finish()
+        with pytest.raises(StreamError):
+            link.receiver.load_body()
+        assert pages_of(link.memory, 8, 3) == b"abc"
+        assert (link.here.missing_pages(), link.here.times_placed) == (PAGES - 3, 1)
+
+
+def test_only_the_page_that_the_kernel_refuses_is_missing() -> None:
+    with missing() as link:
+        link.here.uffd.unregister(link.memory.block.host_address + 10 * PAGE, PAGE)
+        with pytest.raises(MachineError, match=r"the page at 0xa000 of block 'ram' could not be placed: No such file"):
+            feed(link, run_of(8, b"abcd"))
+        assert pages_of(link.memory, 8, 2) == b"ab"
+        assert link.here.missing_pages() == PAGES - 2
+
+
+@pytest.mark.parametrize("kind", [FULL, ZERO], ids=["pages", "zeroes"])
+def test_neighbours_in_two_mappings_of_the_kernel_are_placed(kind: int) -> None:
+    with missing() as link:
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(link.memory.block.host_address), 10 * PAGE, mmap.PROT_WRITE)
+        feed(link, *(record(page * PAGE, kind, b"m" * PAGE if kind == FULL else b"\0") for page in range(8, 12)))
+        assert pages_of(link.memory, 8, 4) == (b"mmmm" if kind == FULL else bytes(4))
+        assert link.here.missing_pages() == PAGES - 4
 
 
 def test_who_touches_a_missing_page_waits_and_one_request_is_enough() -> None:
