@@ -173,16 +173,6 @@ def _is_on_one_host(sock: socket.socket) -> bool:
         return False
 
 
-def _do_without_pacing(sock: socket.socket) -> None:
-    """Let the kernel send as fast as the other end reads, where no network can be congested.
-
-    A host may be set up for a control that measures the way and hands bytes out by a timer (bbr): that takes processor
-    time for every packet, and an urgent page waits for the timer.  The oldest one does neither, and is always built in.
-    """
-    with contextlib.suppress(OSError):  # it may be forbidden to choose: slower, and just as right
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-
-
 class SocketChannel(Channel):
     """A connected stream socket; it belongs to the channel."""
 
@@ -191,8 +181,6 @@ class SocketChannel(Channel):
         self._socket = sock
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if _is_on_one_host(sock):
-                _do_without_pacing(sock)
 
     def share_core(self) -> None:
         if self._socket.family in (socket.AF_INET, socket.AF_INET6) and _is_on_one_host(self._socket):

@@ -203,7 +203,7 @@ def test_keep_alive_reaches_the_kernel_on_both_ends(quit_event: QuitEvent) -> No
     listener.close()
 
 
-def test_no_control_of_congestion_paces_what_stays_on_one_host(quit_event: QuitEvent) -> None:
+def test_no_control_of_congestion_paces_what_goes_from_this_host_to_itself(quit_event: QuitEvent) -> None:
     listener = incoming(parse_uri("tcp:127.0.0.1:0"), quit_event.fd, no_fd)
     source = connect(parse_uri(f"tcp:127.0.0.1:{listener.socket_addresses()[0]['port']}"), quit_event)
     destination = listener.accept()
