@@ -19,13 +19,13 @@ cdef class Meeting:
     cdef int waiting                  # channels that have loaded a SYNC
     cdef int ended                    # channels whose stream is over
     cdef uint64_t epoch               # how often all were released
-    cdef uint8_t loading[256]         # per channel: it has loaded pages since its last SYNC
+    cdef uint8_t loading[256]         # per channel: it has loaded pages since the last sync point of all
     cdef bint is_over                 # the load is complete, or given up
     cdef readonly object error        # the first failure, or None
     cdef object on_failure
 
     cdef bint may_load(self, int channel_id) noexcept nogil
-    cdef bint wait_release(self, int channel_id) noexcept nogil
+    cdef bint wait_release(self) noexcept nogil
     cdef void note_end(self) noexcept nogil
     cdef void report(self) noexcept nogil
     cdef int count_ready(self, bint *is_impossible) noexcept nogil

@@ -17,6 +17,7 @@ import os
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from ..encode.compress cimport CODEC_OK, CODEC_SHORT
 from ..errors import MigrationCancelled, MigrationError, StreamError
@@ -97,12 +98,11 @@ cdef class Meeting:
         pthread_mutex_unlock(&self.mutex)
         return not is_over
 
-    cdef bint wait_release(self, int channel_id) noexcept nogil:
+    cdef bint wait_release(self) noexcept nogil:
         """Report a SYNC and wait until all are let go; False when the load is over."""
         cdef uint64_t epoch
         cdef bint is_over
         pthread_mutex_lock(&self.mutex)
-        self.loading[channel_id] = False
         self.waiting += 1
         epoch = self.epoch
         if self.waiting + self.ended >= self.count:
@@ -142,6 +142,7 @@ cdef class Meeting:
         ready = self.waiting
         is_impossible[0] = self.is_over or self.ended > 0
         if ready == self.count and not self.is_over:
+            memset(self.loading, 0, sizeof(self.loading))
             self.waiting = 0
             self.epoch += 1
             pthread_cond_broadcast(&self.released)
@@ -236,7 +237,7 @@ cdef class Receiver:
                     return status
             else:
                 self.offset += MULTIFD_HEADER_SIZE
-            if self.packet.flags & MULTIFD_FLAG_SYNC and not self.meeting.wait_release(self.channel_id):
+            if self.packet.flags & MULTIFD_FLAG_SYNC and not self.meeting.wait_release():
                 return RECV_OVER
 
     cdef int read_list(self, int count, size_t wanted) noexcept nogil:
