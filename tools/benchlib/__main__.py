@@ -25,7 +25,6 @@ from qemumig.cli.interrupts import Interrupted, Interrupts
 from qemumig.cli.vmm import LOW_MEMORY_END, VmmError
 
 from . import faults
-from .baresocket import BATCH
 from .measure import Bench, Contestant, Lacks, Run, summary
 from .plot import svg
 from .report import BARE, ratios, table
@@ -193,7 +192,7 @@ def measure(args: argparse.Namespace) -> int:
     """Measure everything that is asked for; the exit status."""
     wanted = [w for w in WORKLOADS if (w.name in args.workload if args.workload else not w.only_asked_for)]
     found: dict[str, Any] = {"host": host(), "memory": args.memory, "cpus": args.cpus, "repeat": args.repeat}
-    found |= {"downtime_limit_ms": args.downtime_limit, "bare_batch_pages": BATCH, "workloads": {}}
+    found |= {"downtime_limit_ms": args.downtime_limit, "workloads": {}}
     with Interrupts() as interrupts:
         try:
             entered = contestants(args)
