@@ -65,6 +65,10 @@ class Guarded:
         used = more.pop("used_length", self.size)
         return RAMBlock(idstr, self.address, used, fresh=filled == 0, owner=self, **more)
 
+    def forget(self) -> None:
+        """Give the memory back to the kernel: all of it is missing."""
+        self._map.madvise(mmap.MADV_DONTNEED, PAGE, self.size)
+
     def contents(self) -> memoryview:
         """What the memory holds now, and from now on."""
         return memoryview(self._map)[PAGE : PAGE + self.size]

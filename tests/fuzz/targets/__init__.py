@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Protocol
 
-NAMES = ("records", "deltas", "packets", "mapped")
+NAMES = ("records", "deltas", "packets", "mapped", "requests", "placements", "stream")
 
 
 class Target(Protocol):

@@ -8,7 +8,6 @@ What was taken must be what the plain reader makes of the same records.
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Iterator
 
 from qemumig.ram.landing import Landing
@@ -17,33 +16,13 @@ from qemumig.wire.stream import InputStream
 from tests.fuzz.delivery import PIECES, ROOM, delivered, piece_length
 from tests.fuzz.folding import fold, taken_apart
 from tests.fuzz.oracle import PAGE, TAKEN, Guarded, outcome_of
+from tests.fuzz.plain import PlainRecords, plain_block
 from tests.support.fuzz_ram import EOS, random_record
-from tests.support.plain_stream import PlainBlock, PlainStreamError, Reader
+from tests.support.plain_stream import PlainStreamError
 
 FILLED, SHARED, IGNORE_SHARED, ADVISED = 1, 2, 4, 8  # bits of the first byte
 PAGES, ROM_PAGES, ROM_ROOM = 16, 2, 4
 RAM, ROM = Guarded(PAGES), Guarded(ROM_ROOM)
-
-
-class PlainRecords(Reader):
-    """Records for blocks that are there already; the list may come more than once, and changes their lengths."""
-
-    def __init__(self, data: bytes, blocks: list[PlainBlock], choices: int) -> None:
-        super().__init__(data, background_snapshot=False)
-        self.stream.blocks = {block.name: block for block in blocks}
-        self.choices = choices
-
-    def read_block_list(self, total: int) -> None:
-        while total > 0:
-            name, length = self.at.name(), self.at.number(8)
-            if name not in self.stream.blocks:
-                raise PlainStreamError(f"block {name!r} is not here")
-            self.stream.blocks[name].length = length
-            if self.choices & IGNORE_SHARED:
-                self.at.take(8)
-            if self.choices & ADVISED and name == "rom":
-                self.at.take(8)
-            total -= length
 
 
 def run(data: bytes) -> str:
@@ -68,12 +47,13 @@ def run(data: bytes) -> str:
 
 def compare(wire: bytes, filled: int, choices: int) -> None:
     """Fault when memory is not what the records say, as far as the plain reader takes them."""
-    lengths = PAGES * PAGE, ROM_PAGES * PAGE
-    plain = [
-        PlainBlock(name, length, memory=bytearray([filled]) * guarded.size, times_sent=array("I", bytes(4 * PAGES)))
-        for name, length, guarded in zip(("ram", "rom"), lengths, (RAM, ROM), strict=True)
-    ]
-    reader = PlainRecords(wire, plain, choices)
+    plain = [plain_block("ram", RAM, PAGES, filled), plain_block("rom", ROM, ROM_PAGES, filled)]
+    reader = PlainRecords(
+        wire,
+        plain,
+        address_size=8 if choices & IGNORE_SHARED else 0,
+        page_sizes={"rom": 8} if choices & ADVISED else None,
+    )
     try:
         while reader.read_record():
             pass
