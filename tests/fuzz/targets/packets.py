@@ -204,3 +204,10 @@ def seeds() -> Iterator[bytes]:
         yield bytes([choices, seed % 12]) + fold(joined(*said))
     yield b"\x10\0" + fold(joined(MAIN, encode_init(NO_UUID, 0) + encode_header(flags=1, slots=0)))
     yield b"\x10\0" + fold(joined(MAIN, b"GET / HTTP/1.1", b"", encode_init(bytes(15) + b"\1", 0)))
+    for offset in ((PAGES - 1) * PAGE, PAGES * PAGE, PAGE + 1, (1 << 64) - PAGE):
+        for pages in ({"normal": [offset]}, {"zero": [offset]}):
+            data = b"x" * PAGE if "normal" in pages else b""
+            said_by_one = (
+                encode_header(data_size=len(data), name=b"ram", **pages) + data + encode_header(flags=SYNC, slots=0)
+            )
+            yield b"\x10\0" + fold(joined(MAIN, encode_init(NO_UUID, 0) + said_by_one))

@@ -16,7 +16,7 @@ from qemumig.ram.landing import Landing
 from qemumig.wire.stream import InputStream
 from tests.fuzz.delivery import ROOM, delivered, piece_length
 from tests.fuzz.folding import fold, taken_apart
-from tests.fuzz.oracle import PAGE, TAKEN, Guarded, outcome_of
+from tests.fuzz.oracle import PAGE, TAKEN, Fault, Guarded, outcome_of
 from tests.fuzz.plain import PlainRecords, plain_block
 from tests.support.fuzz_ram import EOS
 from tests.support.plain_stream import PlainStreamError
@@ -66,7 +66,7 @@ def run(data: bytes) -> str:
 
 
 def compare(wire: bytes, here: list[int]) -> None:
-    """Fault when memory is not what the records say, as far as the plain reader takes them."""
+    """Fault when memory is not what the records say, or the plain reader refuses them."""
     block = plain_block("ram", RAM, PAGES)
     for page in here:
         block.times_sent[page] = 1
@@ -74,8 +74,8 @@ def compare(wire: bytes, here: list[int]) -> None:
     try:
         while reader.read_record():
             pass
-    except PlainStreamError:
-        return
+    except PlainStreamError as error:
+        raise Fault(f"taken, although {error}") from error
     RAM.compare(block.memory, "ram")
 
 
@@ -99,6 +99,9 @@ def seeds() -> Iterator[bytes]:
                     yield bytes([choices, piece, bits, 0]) + fold(said)
     yield bytes(4) + fold(record(3, 0x8, bytes(PAGE)) + record(3, 0x8, b"x" * PAGE) + end)
     yield bytes(4) + fold(record(3, 0x8, bytes(PAGE), b"rom") + end)
-    yield bytes(4) + fold(record(PAGES, 0x8, bytes(PAGE)) + end)
+    for page in (PAGES - 1, PAGES, (1 << 52) - 1):
+        for kind, body in ((0x8, b"x" * PAGE), (0x2, b"\0")):
+            for choices in range(2):
+                yield bytes([choices, 0, 0, 0]) + fold(record(page, kind, body) + end)
     yield bytes(4) + fold(record(3, 0x28, bytes(PAGE)) + end)
     yield bytes(4) + fold(record(3, 0x40, b"\1\0\3\0\1x") + end)

@@ -8,6 +8,7 @@ What was taken must be what the plain reader makes of the same records.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator
 
 from qemumig.ram.landing import Landing
@@ -15,7 +16,7 @@ from qemumig.ram.load import RamLoader
 from qemumig.wire.stream import InputStream
 from tests.fuzz.delivery import PIECES, ROOM, delivered, piece_length
 from tests.fuzz.folding import fold, taken_apart
-from tests.fuzz.oracle import PAGE, TAKEN, Guarded, outcome_of
+from tests.fuzz.oracle import PAGE, TAKEN, Fault, Guarded, outcome_of
 from tests.fuzz.plain import PlainRecords, plain_block
 from tests.support.fuzz_ram import EOS, random_record
 from tests.support.plain_stream import PlainStreamError
@@ -23,6 +24,7 @@ from tests.support.plain_stream import PlainStreamError
 FILLED, SHARED, IGNORE_SHARED, ADVISED = 1, 2, 4, 8  # bits of the first byte
 PAGES, ROM_PAGES, ROM_ROOM = 16, 2, 4
 RAM, ROM = Guarded(PAGES), Guarded(ROM_ROOM)
+COMPRESSED = zlib.compress(b"x" * PAGE)
 
 
 def run(data: bytes) -> str:
@@ -46,7 +48,7 @@ def run(data: bytes) -> str:
 
 
 def compare(wire: bytes, filled: int, choices: int) -> None:
-    """Fault when memory is not what the records say, as far as the plain reader takes them."""
+    """Fault when memory is not what the records say, or the plain reader refuses them."""
     plain = [plain_block("ram", RAM, PAGES, filled), plain_block("rom", ROM, ROM_PAGES, filled)]
     reader = PlainRecords(
         wire,
@@ -57,8 +59,8 @@ def compare(wire: bytes, filled: int, choices: int) -> None:
     try:
         while reader.read_record():
             pass
-    except PlainStreamError:
-        return
+    except PlainStreamError as error:
+        raise Fault(f"taken, although {error}") from error
     for block, memory in zip(plain, (RAM, ROM), strict=True):
         memory.compare(block.memory, block.name)
 
@@ -76,6 +78,15 @@ def seeds() -> Iterator[bytes]:
     for choices in range(16):
         yield bytes([choices, 0]) + fold(block_list(choices=choices) + end)
     yield b"\0\0" + fold(block_list(rom_pages=ROM_ROOM) + end)
+    for name, pages in ((b"\3ram", PAGES), (b"\3rom", ROM_PAGES)):  # the last page, the first that is none, one far behind
+        for page in (pages - 1, pages, ROM_ROOM, (1 << 52) - 1):
+            for kind, body in (
+                (0x2, b"\0"),
+                (0x8, b"x" * PAGE),
+                (0x40, b"\1\0\3\0\1x"),
+                (0x100, len(COMPRESSED).to_bytes(4, "big") + COMPRESSED),
+            ):
+                yield b"\0\0" + fold(block_list() + (page * PAGE | kind).to_bytes(8, "big") + name + body + end)
     run_of_pages = b"".join(
         (page * PAGE | (0x28 if page else 0x8)).to_bytes(8, "big") + (b"" if page else b"\3ram") + bytes([page + 1]) * PAGE
         for page in range(PAGES)

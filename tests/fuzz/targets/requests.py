@@ -124,6 +124,8 @@ def seeds() -> Iterator[bytes]:
         "nameless": request(3),
         "other": request(0, 1, b"rom"),
         "beyond": request(PAGES, 1, b"ram") + request(1, 1 << 19),
+        "past the end": request(PAGES - 1, 2, b"ram"),
+        "the end": request(PAGES - 1, 1, b"ram"),
         "bitmap": bitmap(),
         "bad bitmap": bitmap(b"rom") + bitmap(size=8) + bitmap(end=0),
         "ack": message(6, bytes(4)),
