@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from .loader import StreamLoader
 
 CHECK_S = 0.2  # how often to look whether the source is still there, where nothing tells
-SETTLE_S = 0.02  # how long the guest has a start on pages that nobody waits for
+SETTLE_S = 0.02  # how long the start of the guest is waited for before pages that nobody waits for are read …
+HEAD_START_S = 0.004  # … and then how long it has the processors for what it touches first
 MOMENT_S = 0.01  # between two looks at what is still on its way by the other channel
 BY_USER = "Postcopy migration is paused by the user"
 LOST = (
@@ -73,6 +74,9 @@ class Phase(enum.Enum):
     LISTENING = "listening"
     RUNNING = "running"
     END = "end"
+
+
+AFTER_LISTEN = (Phase.LISTENING, Phase.RUNNING, Phase.END)
 
 
 class PostcopyDestination:
@@ -235,6 +239,10 @@ class PostcopyDestination:
         loader.landing.postcopy_advised = True
         self._phase = Phase.ADVISE
         trace.loadvm_postcopy_handle_advise()
+        self._threads = [
+            start_thread("mig/dst/fault", self._serve_faults),
+            start_thread("mig/dst/listen", self._listen_to_source),
+        ]
         if self._options.capability("postcopy-preempt"):
             self._preempt_thread = start_thread("mig/dst/preempt", self._receive_urgent)
 
@@ -279,15 +287,11 @@ class PostcopyDestination:
         self._memory.register()
         self._faults = FaultServer(self._memory, self.answers, self._fault_quit.fd)
         self._use(loader.stream, loader)
+        trace.loadvm_postcopy_handle_listen()
+        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.POSTCOPY_DEVICE)
         with self._changed:
             self._phase = Phase.LISTENING
             self._changed.notify_all()
-        trace.loadvm_postcopy_handle_listen()
-        self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.POSTCOPY_DEVICE)
-        self._threads = [
-            start_thread("mig/dst/fault", self._faults.serve),
-            start_thread("mig/dst/listen", self._listen_to_source),
-        ]
 
     def _await_preempt(self) -> None:
         """Until the channel of urgent pages is here: the source connects it before it stops the guest."""
@@ -359,9 +363,24 @@ class PostcopyDestination:
             if thread is not None and thread is not current:
                 thread.join()
 
+    # ---- `mig/dst/fault`: what is touched ----
+
+    def _serve_faults(self) -> None:
+        if self._await_listen():
+            assert self._faults is not None
+            self._faults.serve()
+
+    def _await_listen(self) -> bool:
+        """Until LISTEN has come: threads are not started while the guest stands still.  False when it does not come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._phase in AFTER_LISTEN or self._quit.is_set())
+            return self._phase in AFTER_LISTEN
+
     # ---- `mig/dst/listen`: the main channel after LISTEN ----
 
     def _listen_to_source(self) -> None:
+        if not self._await_listen():
+            return
         trace.postcopy_ram_listen_thread_start()
         self._let_start()
         try:
@@ -379,7 +398,8 @@ class PostcopyDestination:
         """Leave the processors to the start of the guest, where a page that it waits for comes by another channel."""
         if self._preempt_thread is not None:
             with self._changed:
-                self._changed.wait_for(lambda: self._started or self._failure is not None, SETTLE_S)
+                if self._changed.wait_for(lambda: self._started or self._failure is not None, SETTLE_S):
+                    self._changed.wait_for(lambda: self._failure is not None, HEAD_START_S)
 
     def _load_rest(self) -> bool:
         """Read until the end: True; False when the connection was lost and can be recovered."""

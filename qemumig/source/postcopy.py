@@ -43,6 +43,7 @@ from .writer import StreamWriter
 PING_DISCARDED, PING_LOADED, PING_TAKEN, PING_SWITCHED = 2, 3, 0x42, 4  # as QEMU numbers them
 PART_S = 0.05
 SETTLE_S, LOOK_S = 0.05, 0.001  # how long the destination is left alone with device state; how often it is asked
+HEAD_START_S = 0.004  # then how long the guest has the processors before pages that nobody waits for are sent
 STEP_BYTES, STEP_PAGES = 4 << 20, 4096  # at a time, before the clock and the return path are looked at
 
 BY_USER = "Postcopy migration is paused by the user"
@@ -306,12 +307,20 @@ class PostcopyAttempt(Attempt):
             self.pacer.update(self.writer.out.offset, self.server.normal_pages + self.server.zero_pages)
 
     def _let_settle(self) -> None:
-        """Send only what is asked for until the guest runs there: all processors that there are shall work for that."""
+        """Send only what is asked for until the guest runs there, and for a moment more.
+
+        All processors that there are shall work for that, and then for what it touches first.
+        """
+        self._send_requested(SETTLE_S, lambda: self._taken)
+        self._send_requested(HEAD_START_S, lambda: False)
+
+    def _send_requested(self, seconds: float, is_enough: Callable[[], bool]) -> None:
+        """Send only what is asked for, for some *seconds* at most."""
         assert self.server is not None
-        deadline = time.monotonic() + SETTLE_S
+        deadline = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self.server.wake_fd, select.POLLIN)
-        while not self._taken and time.monotonic() < deadline:
+        while not is_enough() and time.monotonic() < deadline:
             if poll.poll(LOOK_S * 1000):
                 self._send_part(0)
             self._require_path()
