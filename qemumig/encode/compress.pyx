@@ -1,5 +1,7 @@
 """Streams of compressed data, one a channel and as long as the migration: zlib and zstd (multifd.md §7).
 
+QEMU's zstd stream is one frame that never ends; ours may be several frames, and QEMU's decompressor takes either.
+
 In    the pages of one packet, some at a time
 Out   the packet's bytes, flushed so that the other side can decompress all of them; the stream goes on in the next packet
 
@@ -31,8 +33,18 @@ cdef enum:
     Z_OK = 0
     Z_BUF_ERROR = -5              # no progress was possible
     ZSTD_c_compressionLevel = 100
+    ZSTD_c_targetLength = 106     # strategy "fast", that of levels 1 and 2: how hurried; above 0, literals go uncoded
     ZSTD_e_continue = 0
     ZSTD_e_flush = 1
+    ZSTD_e_end = 2
+
+cdef enum:
+    LAST_FAST_LEVEL = 2
+    HURRIED = 4                   # where noise is, repeats are looked for at every fourth place
+    TRIAL_PERIOD = 16             # packets from one trial to the next
+    SAMPLE_SIZE = 0x10000         # bytes that a trial looks at …
+    SAMPLE_BOUND = 0x11000        # … and more than they can become
+    WORTH_IT = 32                 # the whole way must save more than this part of what the short one sends
 
 cdef struct ZStream:
     const uint8_t *next_in
@@ -68,6 +80,7 @@ ctypedef void *(*ZstdCreate)() noexcept nogil
 ctypedef size_t (*ZstdFree)(void *) noexcept nogil
 ctypedef size_t (*ZstdSet)(void *, int, int) noexcept nogil
 ctypedef size_t (*ZstdCompress)(void *, ZstdOut *, ZstdIn *, int) noexcept nogil
+ctypedef size_t (*ZstdCompressWhole)(void *, void *, size_t, const void *, size_t) noexcept nogil
 ctypedef size_t (*ZstdDecompress)(void *, ZstdOut *, ZstdIn *) noexcept nogil
 ctypedef unsigned int (*ZstdIsError)(size_t) noexcept nogil
 ctypedef const char *(*ZstdErrorName)(size_t) noexcept nogil
@@ -230,43 +243,114 @@ cdef str message_of(const ZStream *stream):
     return "the stream ends" if stream.msg == NULL else (<bytes> stream.msg).decode("ascii", "replace")
 
 
-cdef class ZstdCompressor(Compressor):
-    """zstd at *level*, 0 (its default) to 20."""
+cdef class HurryTrial:
+    """Whether to hurry: not to code the literals, the bytes that repeat nothing, with fewer bits for the frequent ones.
+
+    In noise no byte is frequent: coding then takes as long as all the rest and saves nothing, which the library only
+    finds out by doing it.  So a piece is compressed both ways now and then, and the lengths decide.
+    """
 
     cdef void *context
-    cdef ZstdCompress compress_some
-    cdef ZstdFree free
+    cdef ZstdSet set_parameter
+    cdef ZstdCompressWhole compress_whole
     cdef ZstdIsError is_error
-    cdef ZstdErrorName error_name
-    cdef size_t result
+    cdef ZstdFree free
+    cdef uint8_t sample[SAMPLE_SIZE]
+    cdef uint8_t result[SAMPLE_BOUND]
 
     def __cinit__(self, int level):
         functions = functions_of(ZSTD)
         cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
-        cdef ZstdSet set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
-        self.compress_some = <ZstdCompress> <uintptr_t> functions["ZSTD_compressStream2"]
-        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
+        self.set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
+        self.compress_whole = <ZstdCompressWhole> <uintptr_t> functions["ZSTD_compress2"]
         self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
-        self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
+        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
         self.context = create()
-        if self.context == NULL or self.is_error(set_parameter(self.context, ZSTD_c_compressionLevel, level)):
+        if self.context == NULL or self.is_error(self.set_parameter(self.context, ZSTD_c_compressionLevel, level)):
             raise MemoryError(f"no zstd compressor of level {level}")
 
     def __dealloc__(self):
         if self.free != NULL:
             self.free(self.context)
 
+    cdef size_t length_with(self, int target_length, size_t length) noexcept nogil:
+        self.set_parameter(self.context, ZSTD_c_targetLength, target_length)
+        return self.compress_whole(self.context, self.result, SAMPLE_BOUND, self.sample, length)
+
+    cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
+        """Look at what *data* begins with, which may change meanwhile."""
+        cdef size_t hurried, whole
+        length = min(length, <size_t> SAMPLE_SIZE)
+        memcpy(self.sample, data, length)
+        hurried = self.length_with(HURRIED, length)
+        whole = self.length_with(0, length)
+        if self.is_error(hurried) or self.is_error(whole):
+            return False  # the packet itself will tell what is wrong
+        return whole + hurried // WORTH_IT >= hurried
+
+
+cdef class ZstdCompressor(Compressor):
+    """zstd at *level*, 0 (its default) to 20.
+
+    At the levels at which coding literals is most of the work a trial says whether to do without.  When its answer
+    changes the frame ends with the packet, and the next one opens another: decompressors, QEMU's too, go on with it.
+    """
+
+    cdef void *context
+    cdef ZstdCompress compress_some
+    cdef ZstdSet set_parameter
+    cdef ZstdFree free
+    cdef ZstdIsError is_error
+    cdef ZstdErrorName error_name
+    cdef size_t result
+    cdef HurryTrial trial         # None: never in a hurry
+    cdef bint hurries
+    cdef unsigned int packets
+
+    def __cinit__(self, int level):
+        functions = functions_of(ZSTD)
+        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
+        self.set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
+        self.compress_some = <ZstdCompress> <uintptr_t> functions["ZSTD_compressStream2"]
+        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
+        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
+        self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
+        self.context = create()
+        if self.context == NULL or self.is_error(self.set_parameter(self.context, ZSTD_c_compressionLevel, level)):
+            raise MemoryError(f"no zstd compressor of level {level}")
+        self.trial = HurryTrial(level) if 1 <= level <= LAST_FAST_LEVEL else None
+
+    def __dealloc__(self):
+        if self.free != NULL:
+            self.free(self.context)
+
     cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
+        cdef int directive = self.end_of_packet(data, length) if last else ZSTD_e_continue
+        cdef int status = self.compress_all(data, length, directive)
+        if directive == ZSTD_e_end and status == CODEC_OK:
+            self.hurries = not self.hurries
+            self.set_parameter(self.context, ZSTD_c_targetLength, HURRIED if self.hurries else 0)
+        return status
+
+    cdef int end_of_packet(self, const uint8_t *data, size_t length) noexcept nogil:
+        """How the packet ends whose last piece is *data*: within a frame, or with one."""
+        cdef bint is_due = self.trial is not None and self.packets % TRIAL_PERIOD == 0
+        self.packets += 1
+        if is_due and self.trial.recommends(data, length) != self.hurries:
+            return ZSTD_e_end
+        return ZSTD_e_flush
+
+    cdef int compress_all(self, const uint8_t *data, size_t length, int directive) noexcept nogil:
         cdef ZstdIn source
         cdef ZstdOut target
         source.src, source.size, source.pos = data, length, 0
         target.dst, target.size, target.pos = self.target, self.capacity, self.produced
         while True:
-            self.result = self.compress_some(self.context, &target, &source, ZSTD_e_flush if last else ZSTD_e_continue)
+            self.result = self.compress_some(self.context, &target, &source, directive)
             self.produced = target.pos
             if self.is_error(self.result):
                 return CODEC_FAILED
-            if source.pos == source.size and (not last or self.result == 0):
+            if source.pos == source.size and (directive == ZSTD_e_continue or self.result == 0):
                 return CODEC_OK
             if target.pos == target.size:
                 return CODEC_FULL

@@ -35,7 +35,7 @@ ZSTD = Library(
     "libzstd.so.1",
     "libzstd1",
     (
-        *("ZSTD_createCCtx", "ZSTD_freeCCtx", "ZSTD_CCtx_setParameter", "ZSTD_compressStream2"),
+        *("ZSTD_createCCtx", "ZSTD_freeCCtx", "ZSTD_CCtx_setParameter", "ZSTD_compressStream2", "ZSTD_compress2"),
         *("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressStream", "ZSTD_isError", "ZSTD_getErrorName"),
     ),
 )

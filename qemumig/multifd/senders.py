@@ -46,7 +46,8 @@ class Senders:
 
         *is_busy*: the guest runs, and keeps cores for itself.
         """
-        shares_core = is_busy or self._outnumbers_cores()
+        # whoever compresses is slow enough: bytes that pile up let it go on
+        shares_core = self._method is None and (is_busy or self._outnumbers_cores())
         for number in range(self._count):
             channel = open_channel()
             channel.announces_end = self._announces_end
