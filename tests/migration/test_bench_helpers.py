@@ -16,11 +16,11 @@ from qemumig.cli.interrupts import Interrupts
 from tests.support.host import qemumig_system, qemus
 from tests.support.vmm import MIB, Stage, wait_until
 from tools.benchlib import __main__ as bench
-from tools.benchlib import baresocket, faults, toucher
+from tools.benchlib import barefile, baresocket, faults, toucher
 from tools.benchlib.measure import Bench, Contestant, Run, summary
 from tools.benchlib.plot import svg
 from tools.benchlib.process import cpu_seconds, forget_peak, guest_resident, peak_overhead
-from tools.benchlib.report import BARE, ratios, table
+from tools.benchlib.report import BARE_SOCKET, ratios, table
 from tools.benchlib.workloads import WORKLOADS, Workload
 
 EVERY_RUN = [workload for workload in WORKLOADS if not workload.only_asked_for]
@@ -36,12 +36,12 @@ def test_summary_has_median_and_extremes_of_what_was_measured() -> None:
 
 
 def test_ratios_are_against_the_best_qemu_and_the_bare_socket() -> None:
-    rates = {"qemumig": 900.0, "QEMU 1": 400.0, "QEMU 2": 600.0, BARE: 1000.0}
+    rates = {"qemumig": 900.0, "QEMU 1": 400.0, "QEMU 2": 600.0, BARE_SOCKET: 1000.0}
     results = {name: summary([Run(rate=rate)]) for name, rate in rates.items()}
     ratios(results, "qemumig")
     assert results["qemumig"]["ratio_to_best_qemu"] == 1.5
-    assert results["QEMU 2"]["share_of_bare_socket"] == 0.6
-    assert results[BARE]["ratio_to_best_qemu"] is None
+    assert results["QEMU 2"]["share_of_bare"] == 0.6
+    assert results[BARE_SOCKET]["ratio_to_best_qemu"] is None
     assert "1.50" in table("title", results)
 
 
@@ -121,6 +121,14 @@ def test_bare_socket_carries_everything() -> None:
         run = baresocket.measure(8 * MIB + 5, sockets)
         assert run.seconds > 0
         assert run.cpu >= 0
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("half", ["save", "restore"])
+def test_bare_file_takes_everything(directory: Path, half: str) -> None:
+    run = barefile.measure(5 * MIB + 4096, directory / "bare", half, 2)
+    assert run.seconds > 0
+    assert (directory / "bare").stat().st_size == 5 * MIB + 4096
 
 
 def test_resident_guest_memory_is_what_the_guest_has_touched(stage: Stage, qemu: str) -> None:

@@ -27,7 +27,7 @@ from qemumig.cli.vmm import LOW_MEMORY_END, VmmError
 from . import faults
 from .measure import Bench, Contestant, Lacks, Run, summary
 from .plot import svg
-from .report import BARE, ratios, table
+from .report import bare_name, ratios, table
 from .workloads import WORKLOADS, Workload
 
 OURS = "qemumig"
@@ -97,7 +97,8 @@ def measure_workload(bench: Bench, workload: Workload, entered: list[Contestant]
     """All runs of one workload, in turns."""
     runs: dict[str, list[Run]] = {each.name: [] for each in entered}
     if workload.data_bound:
-        runs[BARE] = []
+        bare = bare_name(workload)
+        runs[bare] = []
     for turn in range(1, repeat + 1):
         for each in [each for each in entered if each.name in runs]:
             try:
@@ -109,8 +110,8 @@ def measure_workload(bench: Bench, workload: Workload, entered: list[Contestant]
             progress(workload, turn, repeat, each.name, run)
             runs[each.name].append(run)
         if workload.data_bound:
-            progress(workload, turn, repeat, BARE, run := bench.bare_socket(entered[-1], workload))
-            runs[BARE].append(run)
+            progress(workload, turn, repeat, bare, run := bench.bare(entered[-1], workload))
+            runs[bare].append(run)
     results = {name: summary(done) for name, done in runs.items()}
     ratios(results, OURS)
     return results

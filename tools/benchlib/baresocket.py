@@ -88,16 +88,13 @@ def measure(size: int, sockets: int = 1) -> BareRun:
 
 
 def _send(address: tuple[str, int], layout: Layout, size: int, sockets: int, report: Connection) -> None:
-    with _memory(size) as memory:
-        pattern = os.urandom(PATTERN)
-        for offset in range(0, size, PATTERN):
-            memory[offset : offset + PATTERN] = pattern[: size - offset]
+    with filled_memory(size) as memory:
         connections = [socket.create_connection(address) for _ in range(sockets)]
         for connection in connections:
             connection.recv(1)  # the receiver is ready
-        cpu, began = _cpu(), time.monotonic()
+        cpu, began = cpu_of_this_process(), time.monotonic()
         _in_threads(_send_part, connections, layout, memory)
-        report.send((began, time.monotonic(), _cpu() - cpu))
+        report.send((began, time.monotonic(), cpu_of_this_process() - cpu))
 
 
 def _send_part(connection: socket.socket, layout: Layout, part: memoryview) -> None:
@@ -114,12 +111,12 @@ def _send_part(connection: socket.socket, layout: Layout, part: memoryview) -> N
 def _receive(listener: socket.socket, layout: Layout, size: int, sockets: int, report: Connection) -> None:
     connections = [listener.accept()[0] for _ in range(sockets)]  # the sender has filled its memory
     warm_memory(2 * size)
-    with _memory(size) as memory:
+    with fresh_memory(size) as memory:
         for connection in connections:
             connection.send(b"\0")
-        cpu = _cpu()
+        cpu = cpu_of_this_process()
         _in_threads(_receive_part, connections, layout, memory)
-        report.send((math.inf, 0.0, _cpu() - cpu))  # the sender tells when it began and ended
+        report.send((math.inf, 0.0, cpu_of_this_process() - cpu))  # the sender tells when it began and ended
 
 
 def _receive_part(connection: socket.socket, layout: Layout, part: memoryview) -> None:
@@ -133,7 +130,17 @@ def _receive_part(connection: socket.socket, layout: Layout, part: memoryview) -
         connection.send(b"\0")
 
 
-def _memory(size: int) -> mmap.mmap:
+def filled_memory(size: int) -> mmap.mmap:
+    """Memory full of noise, for who sends."""
+    memory = fresh_memory(size)
+    pattern = os.urandom(PATTERN)
+    for offset in range(0, size, PATTERN):
+        memory[offset : offset + PATTERN] = pattern[: size - offset]
+    return memory
+
+
+def fresh_memory(size: int) -> mmap.mmap:
+    """Memory that nobody has touched, for who receives."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -153,6 +160,7 @@ def _in_threads(
             pass
 
 
-def _cpu() -> float:
+def cpu_of_this_process() -> float:
+    """Seconds so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime

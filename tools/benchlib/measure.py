@@ -17,7 +17,7 @@ from qemumig.cli.guest import PAGE_SIZE
 from qemumig.cli.interrupts import Interrupts
 from qemumig.cli.vmm import FINAL, MachineShape, MigrationOutcome, Vmm, VmmError, listen, with_capabilities
 
-from . import baresocket
+from . import barefile, baresocket
 from .process import cpu_seconds, forget_peak, peak_overhead, warm_memory
 from .workloads import Workload
 
@@ -93,13 +93,16 @@ class Bench:
             self._check_guest(source, destination, workload)
             return self._run(outcome, costs, quiet)
 
-    def bare_socket(self, load: Contestant, workload: Workload) -> Run:
-        """The bare socket, while a guest of *load* does what it would do under a migration."""
+    def bare(self, load: Contestant, workload: Workload) -> Run:
+        """The bare socket or file, while a guest of *load* does what it would do under a migration."""
         with ExitStack() as owned:
             self._shape = self._new_shape(owned, workload)
             if workload.running:
                 self._start(owned, load, workload)
-            run = baresocket.measure(self.memory, workload.sockets)
+            if workload.file:
+                run = barefile.measure(self.memory, self._shape.image.parent / "bare", workload.file, workload.sockets)
+            else:
+                run = baresocket.measure(self.memory, workload.sockets)
         return Run(
             rate=self.memory / run.seconds / 1e6, total_ms=run.seconds * 1000, cpu_source=run.cpu / self.memory * GIB
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-BARE = "bare socket"
+from .workloads import Workload
+
+BARE_SOCKET, BARE_FILE = "bare socket", "bare file"
+BARE = (BARE_SOCKET, BARE_FILE)
 COLUMNS = (  # heading, figure, format
     ("MB/s of guest memory", "rate", "{:.0f}"),
     ("total ms", "total_ms", "{:.0f}"),
@@ -18,13 +21,19 @@ COLUMNS = (  # heading, figure, format
 )
 
 
+def bare_name(workload: Workload) -> str:
+    """What the limit of the machine is called."""
+    return BARE_FILE if workload.file else BARE_SOCKET
+
+
 def ratios(results: dict[str, Any], ours: str | None) -> None:
-    """Add to each contestant's results its rate against the best QEMU's and against the bare socket's."""
+    """Add to each contestant's results its rate against the best QEMU's and against the limit's."""
     rates = {name: result["rate"]["median"] for name, result in results.items()}
-    qemus = [rate for name, rate in rates.items() if name not in (ours, BARE)]
+    qemus = [rate for name, rate in rates.items() if name not in (ours, *BARE)]
+    limit = next((rates[name] for name in BARE if name in rates), None)
     for name, result in results.items():
-        result["ratio_to_best_qemu"] = rates[name] / max(qemus) if qemus and name != BARE else None
-        result["share_of_bare_socket"] = rates[name] / rates[BARE] if BARE in rates and name != BARE else None
+        result["ratio_to_best_qemu"] = rates[name] / max(qemus) if qemus and name not in BARE else None
+        result["share_of_bare"] = rates[name] / limit if limit and name not in BARE else None
 
 
 def table(title: str, results: dict[str, Any]) -> str:
@@ -33,7 +42,7 @@ def table(title: str, results: dict[str, Any]) -> str:
     rows = [heading]
     for name, result in results.items():
         cells = [_cell(result.get(figure), form) for _, figure, form in COLUMNS]
-        rows.append([name, *cells, _ratio(result["ratio_to_best_qemu"]), _percent(result["share_of_bare_socket"])])
+        rows.append([name, *cells, _ratio(result["ratio_to_best_qemu"]), _percent(result["share_of_bare"])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(["", title, *lines])

@@ -22,10 +22,10 @@ class Workload:
     fill: int
     running: bool
     dirty: int = SMALL * PAGE_SIZE
-    data_bound: bool = True  # the link carries the memory itself, so a bare socket can be compared
+    data_bound: bool = True  # the link or file takes the memory itself, so a bare one can be compared
     deltas: bool = False  # XBZRLE: what is measured is pages found in the cache per CPU second of the source
     only_asked_for: bool = False
-    sockets: int = 1  # that many bare ones are the limit
+    sockets: int = 1  # that many bare ones are the limit; of a file: threads
     file: str = ""  # "save" or "restore": memory goes through a file, and this half of it is measured
     capabilities: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ WORKLOADS = (
     *(
         Workload(
             *(f"mapped-{half}", f"{half} of random memory by 2 channels, mapped-ram, guest stopped", FILL_RANDOM, False),
-            data_bound=False,
+            sockets=2,
             file=half,
             capabilities=("mapped-ram", "multifd"),
             parameters={"multifd-channels": 2},
