@@ -130,6 +130,7 @@ class ReturnPath:
             self.talk.take_end()
 
     def _read_message(self) -> None:
+        self._stream.peek(1)  # while this waits the switch to postcopy may come, and page requests with it
         if self.talk is not None:
             self.talk.read_requests(self._stream)
         if not self._stream.peek(1):

@@ -98,7 +98,7 @@ def cut_one(stage: Stage, chance: random.Random, source: Vmm, destination: Vmm) 
     return cuts
 
 
-def run(wanted: int, source_system: str, destination_system: str, seed: int) -> None:
+def run(wanted: int, source_system: str, destination_system: str, seed: int, *, multifd: bool) -> None:
     chance = random.Random(seed)
     cuts = guests = 0
     while cuts < wanted:
@@ -109,7 +109,7 @@ def run(wanted: int, source_system: str, destination_system: str, seed: int) -> 
         try:
             source = stage.vmm("source", source_system, guest=guest, memory=64 * MIB, unlimited=False)
             destination = stage.vmm("destination", destination_system, memory=64 * MIB, incoming=True, unlimited=False)
-            advise([source, destination], postcopy_preempt=preempt)
+            advise([source, destination], postcopy_preempt=preempt, multifd=multifd)
             cuts += cut_one(stage, chance, source, destination)
         finally:
             stage.close()
@@ -123,10 +123,11 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=200, help="how many at least (200)")
     parser.add_argument("--source-system", default=qemumig_system(), metavar="COMMAND")
     parser.add_argument("--destination-system", default=qemumig_system(), metavar="COMMAND")
+    parser.add_argument("--multifd", action="store_true", help="multifd carries what goes before the switch")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    run(args.cuts, args.source_system, args.destination_system, args.seed)
+    run(args.cuts, args.source_system, args.destination_system, args.seed, multifd=args.multifd)
 
 
 if __name__ == "__main__":

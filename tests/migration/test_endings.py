@@ -21,6 +21,7 @@ from qemumig.qapi import RunState
 from qemumig.savevm import commands
 from qemumig.source.attempt import Attempt
 from qemumig.source.writer import StreamWriter
+from tests.support.fake_peer import FakePeer, migrate_to, ping, pong, read_until
 from tests.support.pair import Cut, Pair, wait_for
 
 
@@ -121,45 +122,6 @@ def test_a_word_that_is_lost_leaves_the_source_stopped_and_says_so() -> None:
         assert "source" not in pair.running
 
 
-class FakePeer:
-    """A destination that says on the return path what a test wants it to say."""
-
-    def __init__(self, answer: bytes, *, close: bool = True) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self._answer = answer
-        self._close = close
-        self.thread = threading.Thread(target=self._serve)
-        self.thread.start()
-        self.done = threading.Event()
-
-    def _serve(self) -> None:
-        connection, _ = self.listener.accept()
-        data = b""
-        while b'"devices"' not in data[-200000:] or not data.endswith(b"}"):
-            more = connection.recv(1 << 20)
-            if not more:
-                break
-            data += more
-            for ping in (1, 0x10):  # the last one comes behind the last section
-                if data.endswith(commands.encode_command(commands.Ping(ping))):
-                    connection.sendall(commands.encode_return_message(commands.Pong(ping)))
-        connection.sendall(self._answer)
-        if not self._close:
-            self.done.wait(10)
-        connection.close()
-
-    def close(self) -> None:
-        self.done.set()
-        self.thread.join()
-        self.listener.close()
-
-
-def migrate_to(peer: FakePeer, pair: Pair) -> None:
-    pair.link.port = peer.port
-    pair.start()
-
-
 REFUSALS = {
     "clean end": b"",
     "SHUT 1": commands.encode_return_message(commands.Shut(1)),
@@ -199,26 +161,6 @@ def test_noise_instead_of_a_word_is_not_taken_for_one(noise: str) -> None:
         assert pair.migration.status.value == "failed"
         assert "use 'cont'" in pair.migration.query()["error-desc"]
         assert pair.running == [] and pair.source.runstate is RunState.POSTMIGRATE
-
-
-def ping(value: int) -> bytes:
-    return commands.encode_command(commands.Ping(value))
-
-
-def pong(value: int) -> bytes:
-    return commands.encode_return_message(commands.Pong(value))
-
-
-def read_until(connection: socket.socket, last: bytes) -> None:
-    """Take a stream in until *last* has come, and answer the ping that opens the return path."""
-    tail, answered = b"", False
-    while last not in tail:
-        more = connection.recv(1 << 20)
-        assert more, "the source went away"
-        tail = tail[-64:] + more
-        if not answered and ping(1) in tail:
-            connection.sendall(pong(1))
-            answered = True
 
 
 class Breaker(FakePeer):
