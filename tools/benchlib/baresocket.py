@@ -8,6 +8,7 @@ A call moves half a MiB or a whole one without the GIL: what Python adds to it i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -67,6 +68,7 @@ def measure(size: int, sockets: int = 1) -> BareRun:
     size -= size % (layout.size * sockets)
     context = get_context("fork")
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        _do_without_pacing(listener)
         ours, theirs = context.Pipe(duplex=False)
         there = (listener.getsockname(), layout, size, sockets, theirs)
         here = (listener, layout, size, sockets, theirs)
@@ -89,12 +91,25 @@ def measure(size: int, sockets: int = 1) -> BareRun:
 
 def _send(address: tuple[str, int], layout: Layout, size: int, sockets: int, report: Connection) -> None:
     with filled_memory(size) as memory:
-        connections = [socket.create_connection(address) for _ in range(sockets)]
+        connections = [_connect(address) for _ in range(sockets)]
         for connection in connections:
             connection.recv(1)  # the receiver is ready
         cpu, began = cpu_of_this_process(), time.monotonic()
         _in_threads(_send_part, connections, layout, memory)
         report.send((began, time.monotonic(), cpu_of_this_process() - cpu))
+
+
+def _connect(address: tuple[str, int]) -> socket.socket:
+    connection = socket.socket()
+    _do_without_pacing(connection)
+    connection.connect(address)
+    return connection
+
+
+def _do_without_pacing(sock: socket.socket) -> None:
+    """Where the host's control of congestion hands bytes out by a timer (bbr), the limit is what goes without."""
+    with contextlib.suppress(OSError):  # it may be forbidden to choose
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def _send_part(connection: socket.socket, layout: Layout, part: memoryview) -> None:
