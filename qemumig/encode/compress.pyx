@@ -243,47 +243,58 @@ cdef str message_of(const ZStream *stream):
     return "the stream ends" if stream.msg == NULL else (<bytes> stream.msg).decode("ascii", "replace")
 
 
-cdef class HurryTrial:
+cdef class ZstdContext:
+    """A compressor of the library, at *level*."""
+
+    cdef void *handle
+    cdef ZstdSet set_parameter
+    cdef ZstdFree free
+    cdef ZstdIsError is_error
+
+    def __cinit__(self, int level):
+        functions = functions_of(ZSTD)
+        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
+        self.set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
+        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
+        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
+        self.handle = create()
+        if self.handle == NULL or self.is_error(self.set_parameter(self.handle, ZSTD_c_compressionLevel, level)):
+            raise MemoryError(f"no zstd compressor of level {level}")
+
+    def __dealloc__(self):
+        if self.free != NULL:
+            self.free(self.handle)
+
+    cdef void hurry(self, bint on) noexcept nogil:
+        """Whether the next frame, at a fast level, is compressed in a hurry."""
+        self.set_parameter(self.handle, ZSTD_c_targetLength, HURRIED if on else 0)
+
+
+cdef class HurryTrial(ZstdContext):
     """Whether to hurry: not to code the literals, the bytes that repeat nothing, with fewer bits for the frequent ones.
 
     In noise no byte is frequent: coding then takes as long as all the rest and saves nothing, which the library only
     finds out by doing it.  So a piece is compressed both ways now and then, and the lengths decide.
     """
 
-    cdef void *context
-    cdef ZstdSet set_parameter
     cdef ZstdCompressWhole compress_whole
-    cdef ZstdIsError is_error
-    cdef ZstdFree free
     cdef uint8_t sample[SAMPLE_SIZE]
     cdef uint8_t result[SAMPLE_BOUND]
 
     def __cinit__(self, int level):
-        functions = functions_of(ZSTD)
-        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
-        self.set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
-        self.compress_whole = <ZstdCompressWhole> <uintptr_t> functions["ZSTD_compress2"]
-        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
-        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
-        self.context = create()
-        if self.context == NULL or self.is_error(self.set_parameter(self.context, ZSTD_c_compressionLevel, level)):
-            raise MemoryError(f"no zstd compressor of level {level}")
+        self.compress_whole = <ZstdCompressWhole> <uintptr_t> functions_of(ZSTD)["ZSTD_compress2"]
 
-    def __dealloc__(self):
-        if self.free != NULL:
-            self.free(self.context)
-
-    cdef size_t length_with(self, int target_length, size_t length) noexcept nogil:
-        self.set_parameter(self.context, ZSTD_c_targetLength, target_length)
-        return self.compress_whole(self.context, self.result, SAMPLE_BOUND, self.sample, length)
+    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+        self.hurry(hurried)
+        return self.compress_whole(self.handle, self.result, SAMPLE_BOUND, self.sample, length)
 
     cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
         """Look at what *data* begins with, which may change meanwhile."""
         cdef size_t hurried, whole
         length = min(length, <size_t> SAMPLE_SIZE)
         memcpy(self.sample, data, length)
-        hurried = self.length_with(HURRIED, length)
-        whole = self.length_with(0, length)
+        hurried = self.length_when(True, length)
+        whole = self.length_when(False, length)
         if self.is_error(hurried) or self.is_error(whole):
             return False  # the packet itself will tell what is wrong
         return whole + hurried // WORTH_IT >= hurried
@@ -296,11 +307,8 @@ cdef class ZstdCompressor(Compressor):
     changes the frame ends with the packet, and the next one opens another: decompressors, QEMU's too, go on with it.
     """
 
-    cdef void *context
+    cdef ZstdContext context
     cdef ZstdCompress compress_some
-    cdef ZstdSet set_parameter
-    cdef ZstdFree free
-    cdef ZstdIsError is_error
     cdef ZstdErrorName error_name
     cdef size_t result
     cdef HurryTrial trial         # None: never in a hurry
@@ -309,27 +317,17 @@ cdef class ZstdCompressor(Compressor):
 
     def __cinit__(self, int level):
         functions = functions_of(ZSTD)
-        cdef ZstdCreate create = <ZstdCreate> <uintptr_t> functions["ZSTD_createCCtx"]
-        self.set_parameter = <ZstdSet> <uintptr_t> functions["ZSTD_CCtx_setParameter"]
         self.compress_some = <ZstdCompress> <uintptr_t> functions["ZSTD_compressStream2"]
-        self.free = <ZstdFree> <uintptr_t> functions["ZSTD_freeCCtx"]
-        self.is_error = <ZstdIsError> <uintptr_t> functions["ZSTD_isError"]
         self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
-        self.context = create()
-        if self.context == NULL or self.is_error(self.set_parameter(self.context, ZSTD_c_compressionLevel, level)):
-            raise MemoryError(f"no zstd compressor of level {level}")
+        self.context = ZstdContext(level)
         self.trial = HurryTrial(level) if 1 <= level <= LAST_FAST_LEVEL else None
-
-    def __dealloc__(self):
-        if self.free != NULL:
-            self.free(self.context)
 
     cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
         cdef int directive = self.end_of_packet(data, length) if last else ZSTD_e_continue
         cdef int status = self.compress_all(data, length, directive)
         if directive == ZSTD_e_end and status == CODEC_OK:
             self.hurries = not self.hurries
-            self.set_parameter(self.context, ZSTD_c_targetLength, HURRIED if self.hurries else 0)
+            self.context.hurry(self.hurries)
         return status
 
     cdef int end_of_packet(self, const uint8_t *data, size_t length) noexcept nogil:
@@ -346,9 +344,9 @@ cdef class ZstdCompressor(Compressor):
         source.src, source.size, source.pos = data, length, 0
         target.dst, target.size, target.pos = self.target, self.capacity, self.produced
         while True:
-            self.result = self.compress_some(self.context, &target, &source, directive)
+            self.result = self.compress_some(self.context.handle, &target, &source, directive)
             self.produced = target.pos
-            if self.is_error(self.result):
+            if self.context.is_error(self.result):
                 return CODEC_FAILED
             if source.pos == source.size and (directive == ZSTD_e_continue or self.result == 0):
                 return CODEC_OK
@@ -356,7 +354,7 @@ cdef class ZstdCompressor(Compressor):
                 return CODEC_FULL
 
     cdef str failure(self):
-        if not self.is_error(self.result):
+        if not self.context.is_error(self.result):
             return "there is no room for what comes out"
         return (<bytes> self.error_name(self.result)).decode("ascii", "replace")
 
