@@ -305,8 +305,11 @@ class PostcopyDestination:
         """Read *stream* from now on, as one that *loader* has begun."""
         assert self._memory is not None
         stream.channel.keep_short()
-        self._receiver = PageReceiver(stream, self._memory)
+        self._receiver = PageReceiver(stream, self._memory, forgets=self._has_old_preempt())
         self._rest = loader.for_postcopy(stream, self._receiver)
+
+    def _has_old_preempt(self) -> bool:
+        return self._options.capability("postcopy-preempt") and self._options.migration_property("x-preempt-pre-7-2")
 
     def settled(self) -> None:
         """Device state is in effect: once the source has been told, the guest is here."""

@@ -12,6 +12,7 @@ cdef struct MissingBlock:
     uint64_t host_page            # bytes of a host page
     uint64_t *received            # one bit a target page; shared
     uint64_t *requested           # one bit a target page, that of the first of a host page; shared
+    uint64_t urgent_end           # the page behind the last one that came urgently; 0: none did
     bint comes                    # the source sends this block
     bint takes_zero               # the kernel places zero pages here
     size_t name_length
@@ -38,4 +39,7 @@ cdef class MissingMemory:
     cdef int find_address(self, uint64_t address) noexcept nogil
     cdef int place(self, int index, uint64_t page, uint64_t count, const void *data) noexcept nogil
     cdef int put(self, MissingBlock *block, uint64_t offset, uint64_t length, const void *data, uint64_t *done) noexcept nogil
+    cdef bint is_missing(self, int index, uint64_t page) noexcept nogil
+    cdef uint64_t next_missing(self, int index, uint64_t page) noexcept nogil
+    cdef bint waits_beside(self, int index) noexcept nogil
     cdef void note_placed(self, MissingBlock *block, uint64_t page, uint64_t end) noexcept nogil

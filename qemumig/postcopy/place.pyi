@@ -36,14 +36,16 @@ class MissingMemory:
 class PageReceiver:
     """Places the pages that arrive on *stream*; one a channel.
 
-    It remembers the block that CONTINUE refers to, and a large host page that is half here, across sections.
+    It remembers the block that CONTINUE refers to, and a large host page that is half here, across sections.  The source
+    *forgets*, at times, to name the block at the head of a section when an urgent page of another block went before
+    (QEMU 7.2 with `x-preempt-pre-7-2`, by experiment); what is missing tells which it can be.
     """
 
     stream: InputStream
     memory: MissingMemory
     zero_pages: int
     normal_pages: int
-    def __init__(self, stream: InputStream, memory: MissingMemory) -> None: ...
+    def __init__(self, stream: InputStream, memory: MissingMemory, *, forgets: bool = False) -> None: ...
     def load_body(self, look_round: Callable[[], None] | None = None) -> None:
         """Place records up to the end of the section's body.
 

@@ -14,6 +14,10 @@ order, each once.
 
     PAGE 0x0000 … PAGE 0x1000 … ZERO 0x2000 … ─▶ [ 2 MiB ] ─▶ placed when the last of them is there
 
+A source with urgent pages of the old layout names a block anew after each change of the channel, but QEMU 7.2 forgets it
+where a section ends behind an urgent page: what follows in the next section says CONTINUE and means the urgent page's block.
+What is missing tells which block it can be (`mend_block`); a page that could be either's is refused.
+
 Threads   one thread at a time per receiver; several receivers, and the fault thread, share a MissingMemory.
 Holds     (1) no byte of a peer is used as an offset, a length or a name before it was checked
           (2) a page is marked received after it was placed, never before
@@ -24,6 +28,7 @@ from libc.errno cimport EEXIST
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
+from posix.unistd cimport usleep
 
 from ..wire.format cimport (
     RAM_SAVE_FLAG_CONTINUE,
@@ -61,11 +66,14 @@ cdef enum ReceiveStatus:
     RECEIVE_BAD_FLAGS = 7         # a record that has no place here
     RECEIVE_TWO_PAGES = 8         # a record for another host page, while one is half here
     RECEIVE_NOT_PLACED = 9        # the kernel refused
+    RECEIVE_TWO_BLOCKS = 10       # CONTINUE, which may mean the block of the last urgent page as well
 
 cdef enum:
     RECORDS_AT_A_TIME = 32768
     RUN_LIMIT = 16                # neighbours placed at once: more gain little, and who touched the first waits for the last
     HEAD = 8
+    URGENT_WAIT_US = 500
+    URGENT_WAITS = 200            # 0.1 s in all: what was asked for comes by the other channel, which is not held up here
 
 
 cdef class MissingMemory:
@@ -168,6 +176,26 @@ cdef class MissingMemory:
         atomic_fetch_add(&self.placed, (end - page) // count, SEQ_CST)
         self.times.end(<uint64_t> block.host + page * TARGET_PAGE_SIZE, (end - page) * TARGET_PAGE_SIZE)
 
+    cdef bint is_missing(self, int index, uint64_t page) noexcept nogil:
+        return page < self.table[index].pages and not test_bit_shared(self.table[index].received, page)
+
+    cdef uint64_t next_missing(self, int index, uint64_t page) noexcept nogil:
+        """The first page from *page* on that is not here, or the end of the block."""
+        while page < self.table[index].pages and test_bit_shared(self.table[index].received, page):
+            page += 1
+        return page
+
+    cdef bint waits_beside(self, int index) noexcept nogil:
+        """Something was asked for in another block than *index*, and is not here."""
+        cdef int other
+        cdef uint64_t word
+        for other in range(self.block_count):
+            if other != index:
+                for word in range((self.table[other].pages + 63) // 64):
+                    if self.table[other].requested[word] & ~self.table[other].received[word]:
+                        return True
+        return False
+
     # ---- the door ----
 
     def register(self) -> None:
@@ -227,7 +255,11 @@ cdef class PageReceiver:
 
     cdef readonly InputStream stream
     cdef readonly MissingMemory memory
+    cdef bint urgent                  # this is the channel of urgent pages
+    cdef bint forgets                 # the source may leave out a block's name behind an urgent page
     cdef int last_block               # of the previous record on this channel; −1: none yet
+    cdef uint64_t last_page           # … and its page
+    cdef int meant                    # the block whose name may have been forgotten, where it is not sure
     cdef uint64_t head                # of the record at hand …
     cdef uint64_t head_offset         # … and where in the stream it stood
     cdef uint8_t name[256]            # of the block it names
@@ -247,9 +279,10 @@ cdef class PageReceiver:
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
 
-    def __cinit__(self, InputStream stream not None, MissingMemory memory not None):
+    def __cinit__(self, InputStream stream not None, MissingMemory memory not None, *, bint forgets=False):
         cdef uint64_t bits = memory.largest // TARGET_PAGE_SIZE
         self.stream = stream
+        self.forgets = forgets
         self.memory = memory
         self.last_block = -1
         if memory.largest > TARGET_PAGE_SIZE:
@@ -283,6 +316,37 @@ cdef class PageReceiver:
             return RECEIVE_BAD_NAME
         self.last_block = block
         return RECEIVE_EOS
+
+    cdef int mend_block(self) noexcept nogil:
+        """Settle which block CONTINUE means at the head of a section, from a source that forgets to name it."""
+        cdef uint64_t page
+        cdef int block, found = -1, waits = URGENT_WAITS, status = self.need(HEAD)
+        if status != RECEIVE_EOS or self.last_block < 0:
+            return status
+        self.head_offset = self.stream.base + self.stream.position
+        self.head = get_be64(self.stream.buffer + self.stream.position)
+        if not self.head & RAM_SAVE_FLAG_CONTINUE:
+            return RECEIVE_EOS
+        while self.memory.waits_beside(self.last_block) and waits:
+            waits -= 1
+            usleep(URGENT_WAIT_US)
+        page = self.head // TARGET_PAGE_SIZE
+        for block in range(self.memory.block_count):
+            if block != self.last_block and self.may_mean(block, page):
+                self.meant = block
+                if found >= 0 or self.memory.next_missing(self.last_block, self.last_page + 1) == page:
+                    return RECEIVE_TWO_BLOCKS
+                found = block
+        if found >= 0:
+            self.last_block = found
+        return RECEIVE_EOS
+
+    cdef bint may_mean(self, int block, uint64_t page) noexcept nogil:
+        """An urgent page of *block* may have made the source forget to name it for *page*."""
+        cdef uint64_t end = self.memory.table[block].urgent_end
+        if end == 0 or not self.memory.is_missing(block, page):
+            return False
+        return not self.memory.is_missing(self.last_block, page) or self.memory.next_missing(block, end) == page
 
     cdef int take_page(self, uint64_t page, uint8_t *data) noexcept nogil:
         """One target page of `last_block`; *data* NULL: zeroes."""
@@ -376,6 +440,8 @@ cdef class PageReceiver:
         status = self.need(length)
         if status != RECEIVE_EOS:
             return status
+        if self.urgent:  # noted before it is placed, which ends the wait for it
+            self.memory.table[self.last_block].urgent_end = page + 1
         if flags == RAM_SAVE_FLAG_PAGE:
             self.normal_pages += 1
             status = self.take_page(page, self.stream.buffer + self.stream.position)
@@ -384,6 +450,7 @@ cdef class PageReceiver:
             self.fill = self.stream.buffer[self.stream.position]
             status = RECEIVE_BAD_FILL if self.fill else self.take_page(page, NULL)
         self.stream.position += length
+        self.last_page = page
         return status
 
     cdef int receive_some(self, int limit) noexcept nogil:
@@ -413,10 +480,14 @@ cdef class PageReceiver:
 
     def load_body(self, look_round=None):
         """Place records up to the end of the section's body; see place.pyi."""
-        cdef int status
-        while True:
+        cdef int status = RECEIVE_EOS
+        if self.forgets:
             with nogil:
-                status = self.receive_some(RECORDS_AT_A_TIME)
+                status = self.mend_block()
+        while True:
+            if status == RECEIVE_EOS or status == RECEIVE_PAUSE:
+                with nogil:
+                    status = self.receive_some(RECORDS_AT_A_TIME)
             if status == RECEIVE_EOS:
                 return
             if status == RECEIVE_PAUSE:
@@ -430,6 +501,7 @@ cdef class PageReceiver:
     def load_channel(self) -> bool:
         """Place records until the channel ends; see place.pyi."""
         cdef int status = RECEIVE_PAUSE
+        self.urgent = True
         while status == RECEIVE_PAUSE:
             with nogil:
                 status = self.receive_some(RECORDS_AT_A_TIME)
@@ -460,6 +532,9 @@ cdef class PageReceiver:
             finding = f"offset {value:#x} in block '{block}', expected one below {end:#x}"
         elif status == RECEIVE_BAD_FILL:
             finding = f"fill byte {self.fill:#x} of a zero page, expected 0"
+        elif status == RECEIVE_TWO_BLOCKS:
+            other = self.memory.blocks[self.meant].idstr
+            finding = f"offset {value:#x} without a name may be of block '{block}' or of '{other}', expected a name"
         elif status == RECEIVE_TWO_PAGES:
             half = self.memory.blocks[self.gathered_block].idstr
             finding = (

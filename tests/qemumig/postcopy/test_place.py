@@ -35,11 +35,14 @@ UFFDIO_COPY = 0xC028AA03
 
 
 @contextmanager
-def missing(flags: int = PRIVATE, received: tuple[int, ...] = ()) -> Iterator[SimpleNamespace]:
-    """64 pages of which none but *received* are here, and a link whose far end plays the source."""
+def missing(
+    flags: int = PRIVATE, received: tuple[int, ...] = (), *, rom: int = 0, forgets: bool = False
+) -> Iterator[SimpleNamespace]:
+    """64 pages of which none but *received* are here, and a link whose far end is the source; *rom* pages beside them."""
     memory = Memory("ram", PAGES * PAGE, flags=flags)
-    landing = Landing([memory.block])
-    landing.listed.add(0)
+    beside = [Memory("rom", rom * PAGE)] if rom else []
+    landing = Landing([memory.block, *(other.block for other in beside)])
+    landing.listed.update(range(1 + len(beside)))
     for page in received:
         landing.received[0].set(page)
     here = MissingMemory(landing, Userfaultfd(), FaultTimes([]))
@@ -47,7 +50,13 @@ def missing(flags: int = PRIVATE, received: tuple[int, ...] = ()) -> Iterator[Si
     with channel_pair() as (near, far):
         stream = InputStream(near)
         yield SimpleNamespace(
-            memory=memory, here=here, near=near, far=far, receiver=PageReceiver(stream, here), answers=Answers(near)
+            memory=memory,
+            beside=beside,
+            here=here,
+            near=near,
+            far=far,
+            receiver=PageReceiver(stream, here, forgets=forgets),
+            answers=Answers(near),
         )
     here.unregister()
 
@@ -273,6 +282,60 @@ def test_a_channel_of_urgent_pages_ends_with_a_mark_or_without() -> None:
             link.far.finish()
             assert link.receiver.load_channel() is mark
             assert link.here.missing_pages() == PAGES - 1
+
+
+def send_urgently(link: SimpleNamespace, page: int) -> None:
+    """Page *page* of "rom" arrives by the channel of urgent pages."""
+    with channel_pair() as (near, far):
+        far._socket.sendall(record(page * PAGE, FULL, b"u" * PAGE, name="rom"))
+        far.finish()
+        PageReceiver(InputStream(near), link.here).load_channel()
+
+
+def test_a_forgotten_name_is_that_of_the_urgent_page_where_the_page_is_missing_there_alone() -> None:
+    with missing(received=(1, 2), rom=16, forgets=True) as link:
+        feed(link, record(5 * PAGE, FULL, b"r" * PAGE))
+        send_urgently(link, 0)
+        feed(link, *(record(page * PAGE, FULL | CONTINUE, b"o" * PAGE) for page in (1, 2, 3)))
+        assert pages_of(link.beside[0], 0, 4) == b"uooo"
+        feed(link, record(6 * PAGE, FULL, b"s" * PAGE))
+        assert pages_of(link.memory, 5, 2) == b"rs"
+        assert link.here.missing_pages() == PAGES - 4 + 12
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_name_that_was_not_forgotten_stands(forgets: bool) -> None:
+    with missing(rom=16, forgets=forgets) as link:
+        feed(link, record(5 * PAGE, FULL, b"r" * PAGE))
+        send_urgently(link, 0)
+        feed(link, record(6 * PAGE, FULL | CONTINUE, b"s" * PAGE))
+        assert pages_of(link.memory, 5, 2) == b"rs"
+        assert link.here.missing_pages() == PAGES - 2 + 15
+
+
+def test_a_page_that_may_be_of_two_blocks_is_refused() -> None:
+    with missing(rom=16, forgets=True) as link:
+        feed(link, record(5 * PAGE, FULL, b"r" * PAGE))
+        send_urgently(link, 5)
+        expected = r"offset 0x6000 without a name may be of block 'ram' or of 'rom', expected a name"
+        with pytest.raises(StreamError, match=expected):
+            feed(link, record(6 * PAGE, FULL | CONTINUE, b"?" * PAGE))
+        assert link.here.missing_pages() == PAGES - 1 + 15
+
+
+def test_an_urgent_page_on_its_way_is_waited_for_before_a_name_is_missed() -> None:
+    with missing(received=(1,), rom=16, forgets=True) as link, fault_thread(link):
+        feed(link, record(5 * PAGE, FULL, b"r" * PAGE))
+        waiter = threading.Thread(target=touch, args=(link.beside[0].block.host_address,))
+        waiter.start()
+        link.far._socket_recv(20)
+        link.far._socket.sendall(record(PAGE, FULL | CONTINUE, b"o" * PAGE) + struct.pack(">Q", EOS))
+        receiver = threading.Thread(target=link.receiver.load_body)
+        receiver.start()
+        send_urgently(link, 0)
+        receiver.join()
+        waiter.join()
+        assert pages_of(link.beside[0], 0, 2) == b"uo"
 
 
 @contextmanager
