@@ -118,11 +118,16 @@ class Integer:
     def load(self, loading: Loading, local: Any, record: Any) -> Any:
         return int.from_bytes(loading.reader.read(self.size), "big", signed=self.signed)
 
+    @property
+    def letter(self) -> str:
+        """What `struct` calls it."""
+        letter = _LETTERS[self.size]
+        return letter.lower() if self.signed else letter
+
     def pack(self, values: Sequence[Any]) -> bytes:
         """Several at once; ValueError when one does not fit."""
-        letter = _LETTERS[self.size]
         try:
-            return binary.pack(f">{len(values)}{letter.lower() if self.signed else letter}", *values)
+            return binary.pack(f">{len(values)}{self.letter}", *values)
         except binary.error as error:
             raise ValueError(str(error)) from error
 

@@ -30,6 +30,7 @@ from ..wire.format import SectionType
 from . import remedies
 from .fields import Field, ordinal_names
 from .kinds import Description, get_member, set_member
+from .packed import PackedFields, steps_of
 from .place import Loading, Saving
 from .reader import Reader, counted_string
 
@@ -65,10 +66,10 @@ class VMState:
     post_load: Callable[[Any, int], None] | None = None  # with the version that was read
     record: Callable[[], Any] = Value
     unmigratable: bool = False  # blocks every migration, in both directions
-    wire_names: tuple[str, ...] = field(init=False)
+    steps: tuple[PackedFields | tuple[Field, str], ...] = field(init=False)  # the fields with their names on the wire
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "wire_names", ordinal_names(self.fields))
+        object.__setattr__(self, "steps", tuple(steps_of(self, ordinal_names(self.fields))))
 
     @property
     def oldest_version(self) -> int:
@@ -149,9 +150,11 @@ class VMState:
 
     def _write_fields(self, saving: Saving, record: Any, version_id: int) -> list[Description]:
         descriptions: list[Description] = []
-        for wire_name, one in zip(self.wire_names, self.fields, strict=True):
-            if one.takes_part(record, version_id):
-                descriptions += one.save(saving, record, wire_name)
+        for step in self.steps:
+            if isinstance(step, PackedFields):
+                descriptions += step.save(saving, record)
+            elif step[0].takes_part(record, version_id):
+                descriptions += step[0].save(saving, record, step[1])
         return descriptions
 
     def _write_subsections(self, saving: Saving, record: Any) -> list[Description]:
@@ -168,9 +171,11 @@ class VMState:
     def read(self, loading: Loading, record: Any, version_id: int) -> None:
         """Fill *record* from the stream; the version was checked before."""
         self._run_hook(loading, self.pre_load, record)
-        for one in self.fields:
-            if one.takes_part(record, version_id):
-                one.load(loading, record)
+        for step in self.steps:
+            if isinstance(step, PackedFields):
+                step.load(loading, record)
+            elif step[0].takes_part(record, version_id):
+                step[0].load(loading, record)
         self._read_subsections(loading, record)
         self._run_hook(loading, self.post_load, record, version_id)
 
