@@ -30,8 +30,12 @@ cdef enum:
 cdef enum:
     Z_NO_FLUSH = 0
     Z_SYNC_FLUSH = 2
+    Z_FINISH = 4
     Z_OK = 0
+    Z_STREAM_END = 1
     Z_BUF_ERROR = -5              # no progress was possible
+    Z_RLE = 3                     # strategy: repeats of the byte before, and no search for others
+    Z_DEFAULT_STRATEGY = 0
     ZSTD_c_compressionLevel = 100
     ZSTD_c_targetLength = 106     # strategy "fast", that of levels 1 and 2: how hurried; above 0, literals go uncoded
     ZSTD_e_continue = 0
@@ -76,6 +80,7 @@ ctypedef int (*ZInit)(ZStream *, const char *, int) noexcept nogil
 ctypedef int (*ZDeflateInit)(ZStream *, int, const char *, int) noexcept nogil
 ctypedef int (*ZStep)(ZStream *, int) noexcept nogil
 ctypedef int (*ZEnd)(ZStream *) noexcept nogil
+ctypedef int (*ZParams)(ZStream *, int, int) noexcept nogil
 ctypedef void *(*ZstdCreate)() noexcept nogil
 ctypedef size_t (*ZstdFree)(void *) noexcept nogil
 ctypedef size_t (*ZstdSet)(void *, int, int) noexcept nogil
@@ -154,18 +159,56 @@ cdef class Decompressor:
         return bytes(target[:length])
 
 
-cdef class ZlibCompressor(Compressor):
-    """zlib at *level*, 0 to 9."""
+cdef class HurryTrial:
+    """Whether to hurry, and leave out what takes long and may save nothing; a subclass compresses both ways.
+
+    In noise nothing repeats and no byte is frequent, which the libraries find out only by doing all the work.  So a
+    piece is compressed both ways now and then, and the lengths decide.
+    """
+
+    cdef bint hurries             # what is done now
+    cdef unsigned int packets
+    cdef uint8_t sample[SAMPLE_SIZE]
+    cdef uint8_t result[SAMPLE_BOUND]
+
+    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+        """What the sample becomes; 0 after a failure."""
+        return 0
+
+    cdef bint changes(self, const uint8_t *data, size_t length) noexcept nogil:
+        """A packet ends with *data*, which may change meanwhile: True when it is to go the other way from then on."""
+        cdef bint is_due = self.packets % TRIAL_PERIOD == 0
+        self.packets += 1
+        if not is_due or self.recommends(data, min(length, <size_t> SAMPLE_SIZE)) == self.hurries:
+            return False
+        self.hurries = not self.hurries
+        return True
+
+    cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
+        cdef size_t hurried, whole
+        memcpy(self.sample, data, length)
+        hurried = self.length_when(True, length)
+        whole = self.length_when(False, length)
+        if hurried == 0 or whole == 0:
+            return False  # the packet itself will tell what is wrong
+        return whole + hurried // WORTH_IT >= hurried
+
+
+cdef class Deflater:
+    """A compressor of zlib, at *level*."""
 
     cdef ZStream stream
     cdef ZStep step
+    cdef ZParams set_parameters
     cdef ZEnd end
-    cdef uint8_t copy[COPY_SIZE]
+    cdef int level
 
     def __cinit__(self, int level):
         functions = functions_of(ZLIB)
         cdef ZDeflateInit init = <ZDeflateInit> <uintptr_t> functions["deflateInit_"]
         self.step = <ZStep> <uintptr_t> functions["deflate"]
+        self.set_parameters = <ZParams> <uintptr_t> functions["deflateParams"]
+        self.level = level
         memset(&self.stream, 0, sizeof(ZStream))
         if init(&self.stream, level, b"1", sizeof(ZStream)) != Z_OK:
             raise MemoryError(f"no zlib compressor of level {level}")
@@ -175,32 +218,82 @@ cdef class ZlibCompressor(Compressor):
         if self.end != NULL:
             self.end(&self.stream)
 
+    cdef int hurry(self, bint on) noexcept nogil:
+        """Whether to look only for repeats of the byte before, from here on; the stream goes on."""
+        return self.set_parameters(&self.stream, self.level, Z_RLE if on else Z_DEFAULT_STRATEGY)
+
+
+cdef class ZlibTrial(HurryTrial):
+    """Whether runs of one byte are all that repeats."""
+
+    cdef Deflater deflater
+    cdef ZEnd reset
+
+    def __cinit__(self, int level):
+        self.deflater = Deflater(level)
+        self.reset = <ZEnd> <uintptr_t> functions_of(ZLIB)["deflateReset"]
+
+    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+        cdef ZStream *stream = &self.deflater.stream
+        stream.next_in, stream.avail_in = self.sample, 0
+        stream.next_out, stream.avail_out = self.result, SAMPLE_BOUND
+        if self.reset(stream) != Z_OK or self.deflater.hurry(hurried) != Z_OK:
+            return 0
+        stream.avail_in = <unsigned int> length
+        return stream.total_out if self.deflater.step(stream, Z_FINISH) == Z_STREAM_END else 0
+
+
+cdef class ZlibCompressor(Compressor):
+    """zlib at *level*, 0 to 9; a trial says whether to search for repeats at all."""
+
+    cdef Deflater deflater
+    cdef ZlibTrial trial          # None: there is nothing to leave out
+    cdef uint8_t copy[COPY_SIZE]
+
+    def __cinit__(self, int level):
+        self.deflater = Deflater(level)
+        self.trial = ZlibTrial(level) if level else None
+
     cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
-        cdef size_t part
+        cdef const uint8_t *piece = data
+        cdef size_t rest = length, part
         cdef int status = CODEC_OK
-        while length and status == CODEC_OK:
-            part = min(length, <size_t> COPY_SIZE)
-            memcpy(self.copy, data, part)
-            self.stream.next_in = self.copy
-            self.stream.avail_in = <unsigned int> part
-            data += part
-            length -= part
-            status = self.deflate_all(Z_SYNC_FLUSH if last and length == 0 else Z_NO_FLUSH)
+        while rest and status == CODEC_OK:
+            part = min(rest, <size_t> COPY_SIZE)
+            memcpy(self.copy, piece, part)
+            self.deflater.stream.next_in = self.copy
+            self.deflater.stream.avail_in = <unsigned int> part
+            piece += part
+            rest -= part
+            status = self.deflate_all(Z_SYNC_FLUSH if last and rest == 0 else Z_NO_FLUSH)
+        if last and status == CODEC_OK and self.trial is not None and self.trial.changes(data, length):
+            status = self.change()
         return status
+
+    cdef int change(self) noexcept nogil:
+        """Nothing is held back behind the packet's flush: the next one is compressed the other way."""
+        cdef int result = self.deflater.hurry(self.trial.hurries)
+        self.note_produced()
+        return CODEC_OK if result == Z_OK else CODEC_FAILED
 
     cdef int deflate_all(self, int flush) noexcept nogil:
         """Compress the copy; a flush is complete when it leaves room."""
         cdef int result
-        self.stream.next_out = self.target + self.produced
-        self.stream.avail_out = <unsigned int> (self.capacity - self.produced)
-        result = self.step(&self.stream, flush)
-        self.produced = self.capacity - self.stream.avail_out
+        self.deflater.stream.next_out = self.target + self.produced
+        self.deflater.stream.avail_out = <unsigned int> (self.capacity - self.produced)
+        result = self.deflater.step(&self.deflater.stream, flush)
+        self.note_produced()
         if result != Z_OK and result != Z_BUF_ERROR:
             return CODEC_FAILED
-        return CODEC_OK if self.stream.avail_out else CODEC_FULL
+        return CODEC_OK if self.deflater.stream.avail_out else CODEC_FULL
+
+    cdef void note_produced(self) noexcept nogil:
+        self.produced = self.capacity - self.deflater.stream.avail_out
 
     cdef str failure(self):
-        return "there is no room for what comes out" if self.stream.avail_out == 0 else message_of(&self.stream)
+        if self.deflater.stream.avail_out == 0:
+            return "there is no room for what comes out"
+        return message_of(&self.deflater.stream)
 
 
 cdef class ZlibDecompressor(Decompressor):
@@ -270,34 +363,21 @@ cdef class ZstdContext:
         self.set_parameter(self.handle, ZSTD_c_targetLength, HURRIED if on else 0)
 
 
-cdef class HurryTrial(ZstdContext):
-    """Whether to hurry: not to code the literals, the bytes that repeat nothing, with fewer bits for the frequent ones.
+cdef class ZstdTrial(HurryTrial):
+    """Whether coding literals, the bytes that repeat nothing, with fewer bits for the frequent ones saves anything."""
 
-    In noise no byte is frequent: coding then takes as long as all the rest and saves nothing, which the library only
-    finds out by doing it.  So a piece is compressed both ways now and then, and the lengths decide.
-    """
-
+    cdef ZstdContext context
     cdef ZstdCompressWhole compress_whole
-    cdef uint8_t sample[SAMPLE_SIZE]
-    cdef uint8_t result[SAMPLE_BOUND]
 
     def __cinit__(self, int level):
+        self.context = ZstdContext(level)
         self.compress_whole = <ZstdCompressWhole> <uintptr_t> functions_of(ZSTD)["ZSTD_compress2"]
 
     cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
-        self.hurry(hurried)
-        return self.compress_whole(self.handle, self.result, SAMPLE_BOUND, self.sample, length)
-
-    cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
-        """Look at what *data* begins with, which may change meanwhile."""
-        cdef size_t hurried, whole
-        length = min(length, <size_t> SAMPLE_SIZE)
-        memcpy(self.sample, data, length)
-        hurried = self.length_when(True, length)
-        whole = self.length_when(False, length)
-        if self.is_error(hurried) or self.is_error(whole):
-            return False  # the packet itself will tell what is wrong
-        return whole + hurried // WORTH_IT >= hurried
+        cdef size_t produced
+        self.context.hurry(hurried)
+        produced = self.compress_whole(self.context.handle, self.result, SAMPLE_BOUND, self.sample, length)
+        return 0 if self.context.is_error(produced) else produced
 
 
 cdef class ZstdCompressor(Compressor):
@@ -311,32 +391,24 @@ cdef class ZstdCompressor(Compressor):
     cdef ZstdCompress compress_some
     cdef ZstdErrorName error_name
     cdef size_t result
-    cdef HurryTrial trial         # None: never in a hurry
-    cdef bint hurries
-    cdef unsigned int packets
+    cdef ZstdTrial trial          # None: never in a hurry
 
     def __cinit__(self, int level):
         functions = functions_of(ZSTD)
         self.compress_some = <ZstdCompress> <uintptr_t> functions["ZSTD_compressStream2"]
         self.error_name = <ZstdErrorName> <uintptr_t> functions["ZSTD_getErrorName"]
         self.context = ZstdContext(level)
-        self.trial = HurryTrial(level) if 1 <= level <= LAST_FAST_LEVEL else None
+        self.trial = ZstdTrial(level) if 1 <= level <= LAST_FAST_LEVEL else None
 
     cdef int feed(self, const uint8_t *data, size_t length, bint last) noexcept nogil:
-        cdef int directive = self.end_of_packet(data, length) if last else ZSTD_e_continue
+        cdef bint changes = last and self.trial is not None and self.trial.changes(data, length)
+        cdef int directive = ZSTD_e_continue
+        if last:
+            directive = ZSTD_e_end if changes else ZSTD_e_flush
         cdef int status = self.compress_all(data, length, directive)
-        if directive == ZSTD_e_end and status == CODEC_OK:
-            self.hurries = not self.hurries
-            self.context.hurry(self.hurries)
+        if changes and status == CODEC_OK:
+            self.context.hurry(self.trial.hurries)
         return status
-
-    cdef int end_of_packet(self, const uint8_t *data, size_t length) noexcept nogil:
-        """How the packet ends whose last piece is *data*: within a frame, or with one."""
-        cdef bint is_due = self.trial is not None and self.packets % TRIAL_PERIOD == 0
-        self.packets += 1
-        if is_due and self.trial.recommends(data, length) != self.hurries:
-            return ZSTD_e_end
-        return ZSTD_e_flush
 
     cdef int compress_all(self, const uint8_t *data, size_t length, int directive) noexcept nogil:
         cdef ZstdIn source

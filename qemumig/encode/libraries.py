@@ -28,7 +28,10 @@ ZLIB = Library(
     "zlib",
     "libz.so.1",
     "zlib1g",
-    ("deflateInit_", "deflate", "deflateEnd", "inflateInit_", "inflate", "inflateEnd"),
+    (
+        *("deflateInit_", "deflateParams", "deflate", "deflateReset", "deflateEnd"),
+        *("inflateInit_", "inflate", "inflateEnd"),
+    ),
 )
 ZSTD = Library(
     "zstd",

@@ -50,7 +50,7 @@ def test_a_page_that_came_before_costs_little(method: str) -> None:
     """It is one stream: what was sent in the packet before is still known."""
     compressor, _ = ends(method, level=3)  # at lower ones a frame of zstd may end
     data = random.Random(1).randbytes(4096)
-    compressor.compress(data)
+    compressor.compress(data * 2)  # the repeat is seen, so that zlib goes on to search for more
     assert len(compressor.compress(data)) < 1000
 
 
@@ -66,6 +66,20 @@ def test_zstd_hurries_through_noise_and_comes_back_for_text() -> None:
     opened = [number for number, packet in enumerate(packets) if packet.startswith(b"\x28\xb5\x2f\xfd")]
     assert opened == [0, 1, 49, 81]  # a trial looks at packets 0, 16, 32, … and counts from the next one on
     assert len(packets[48]) > 1.2 * len(packets[79])  # the text at a run, and as it should be
+
+
+def test_zlib_leaves_out_its_search_where_only_runs_repeat() -> None:
+    """The stream goes on in the same way for the other end, and the lengths show it."""
+    chance = random.Random(8)
+    words = [chance.randbytes(40) for _ in range(100)]
+    text = b"".join(chance.choices(words, k=128 * 4096 // 40))
+    compressor, decompressor = ends("zlib")
+    kinds = [text if number // 40 % 2 else pages(chance, 128) for number in range(120)]
+    packets = [compressor.compress(data) for data in kinds]
+    for packet, data in zip(packets, kinds, strict=True):
+        assert decompressor.decompress(packet, len(data)) == data
+    assert len(packets[48]) > 3 * len(packets[49])  # a trial looks at packets 0, 16, 32, … and counts from the next one on
+    assert max(len(packet) for packet in packets[49:80]) < 1.1 * len(packets[49])
 
 
 def test_others_understand_the_streams() -> None:
