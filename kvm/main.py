@@ -258,6 +258,7 @@ class Program:
             machine,
             options,
             emit=self._hub.emit,
+            hold_events=self._hub.held,
             autostart=not self._arguments.paused,
             take_fd=take_fd,
             find_object=assembly.objects.find,

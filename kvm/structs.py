@@ -110,7 +110,7 @@ class kvm_msr_entry(Structure):
 
 
 class kvm_msrs(Structure):
-    """Head of `entries`, an array of kvm_msr_entry."""
+    """Head of `entries`, an array of kvm_msr_entry (vcpu.py packs them)."""
 
     _fields_ = [("nmsrs", u32), ("pad", u32)]
 

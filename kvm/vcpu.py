@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from ctypes import addressof, byref, c_uint8, c_uint64
 from dataclasses import dataclass
@@ -27,8 +28,6 @@ from .structs import (
     kvm_interrupt,
     kvm_lapic_state,
     kvm_mp_state,
-    kvm_msr_entry,
-    kvm_msrs,
     kvm_regs,
     kvm_run,
     kvm_sregs,
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
 
 XSAVE_SIZE = 4096  # of hosts without KVM_CAP_XSAVE2
 MAX_MSRS = 256  # the kernel takes fewer than this in one request
+_MSRS_HEAD = struct.Struct("=II")  # kvm_msrs: how many entries, padding …
+_MSR_ENTRY = struct.Struct("=IIQ")  # … and a kvm_msr_entry each: index, reserved, data
 
 State = TypeVar("State")
 
@@ -284,11 +285,13 @@ class Vcpu:
         wanted = list(indices)
         values: dict[int, int] = {}
         while wanted:
-            request = _msr_request([(index, 0) for index in wanted[: MAX_MSRS - 1]])
-            done = call(self.fd, ioctls.KVM_GET_MSRS, byref(request), self._where)
-            values.update((entry.index, entry.data) for entry in request.entries[:done])
+            batch = wanted[: MAX_MSRS - 1]
+            request = _msr_request((index, 0) for index in batch)
+            done = call(self.fd, ioctls.KVM_GET_MSRS, byref(_in_place(request)), self._where)
+            entries = memoryview(request)[_MSRS_HEAD.size : _MSRS_HEAD.size + done * _MSR_ENTRY.size]
+            values.update((index, value) for index, _, value in _MSR_ENTRY.iter_unpack(entries))
             # KVM stops at the first MSR it will not read: step over it.
-            wanted = wanted[done if done == request.nmsrs else done + 1 :]
+            wanted = wanted[done if done == len(batch) else done + 1 :]
         return values
 
     def set_msrs(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -296,7 +299,8 @@ class Vcpu:
         left = list(pairs)
         while left:
             batch = left[: MAX_MSRS - 1]
-            done = call(self.fd, ioctls.KVM_SET_MSRS, byref(_msr_request(batch)), self._where)
+            request = _msr_request(batch)
+            done = call(self.fd, ioctls.KVM_SET_MSRS, byref(_in_place(request)), self._where)
             if done < len(batch):
                 index, value = batch[done]
                 what = f"{ioctls.KVM_SET_MSRS.name} (vCPU {self.index}, MSR {index:#x} = {value:#x})"
@@ -385,6 +389,12 @@ class Vcpu:
         call(self.fd, request, byref(state), self._where)
 
 
-def _msr_request(pairs: list[tuple[int, int]]) -> Any:
-    entries = tuple(kvm_msr_entry(index=index, data=value) for index, value in pairs)
-    return with_array(kvm_msrs, "entries", kvm_msr_entry, len(pairs))(nmsrs=len(pairs), entries=entries)
+def _msr_request(pairs: Iterable[tuple[int, int]]) -> bytearray:
+    """A `kvm_msrs` with those entries; packed, for it is made while a guest stands still."""
+    entries = b"".join(_MSR_ENTRY.pack(index, 0, value) for index, value in pairs)
+    return bytearray(_MSRS_HEAD.pack(len(entries) // _MSR_ENTRY.size, 0) + entries)
+
+
+def _in_place(data: bytearray) -> Any:
+    """The bytes themselves, for a system call to read and write."""
+    return (c_uint8 * len(data)).from_buffer(data)

@@ -8,7 +8,8 @@ Threads   A migration calls from its own thread.  `stop` and `start` may be call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ from .qapi import RunState
 from .ram.block import RAMBlock
 from .savevm.devices.globalstate import GLOBALSTATE
 from .savevm.vmstate import VMState
+
+HoldEvents = Callable[[], AbstractContextManager[None]]
+"""Around the time in which a guest stands still: inside, events may wait a little before they are told."""
 
 
 class DirtyLog(Protocol):

@@ -3,6 +3,9 @@
 In    emit("STOP"), emit("MIGRATION", {"status": "active"})
 Out   {"timestamp": {…}, "event": …, "data": {…}} to each subscriber, on the loop's thread
 
+While a guest stands still for a migration (`held`), the processors are for what moves it: what happens meanwhile is told
+a little later, with the time at which it happened.
+
 Events that a guest can cause as often as it likes are limited: one a second of each kind and device, the last one of
 those that were held back.
 
@@ -11,6 +14,7 @@ Holds     (1) subscribers see events in the order of the calls to `emit`, whatev
               limited one may come later
           (2) an event emitted on the loop's thread has been delivered when `emit` returns: so it is on the wire
               before the response of the command that caused it
+          (3) none is held longer than HOLD_S
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .. import trace
@@ -27,6 +32,7 @@ from .. import trace
 Message = dict[str, Any]
 Subscriber = Callable[[Message], None]
 
+HOLD_S = 0.05
 LIMIT_S = 1.0  # between two events of one kind and device
 LIMITED = ("RTC_CHANGE", "BLOCK_IO_ERROR", "WATCHDOG", "BALLOON_CHANGE")
 NEVER_HELD_BACK = {"action": "stop"}  # what a machine stops for is said at once
@@ -91,6 +97,7 @@ class EventHub:
         self._queue: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
+        self._holds = 0  # how many want nothing delivered
 
     def start(self) -> None:
         """Deliver from now on, on the running loop."""
@@ -123,9 +130,28 @@ class EventHub:
             if self._loop is None:
                 return
             if threading.get_ident() != self._loop_thread:
-                self._loop.call_soon_threadsafe(self._deliver)
+                if not self._holds:
+                    self._loop.call_soon_threadsafe(self._deliver)
                 return
         self._deliver()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, events of other threads than the loop's wait: till the end, or for HOLD_S if that is sooner."""
+        with self._lock:
+            self._holds += 1
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._deliver_after_all)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holds -= 1
+                if self._queue and self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver_after_all(self) -> None:
+        asyncio.get_running_loop().call_later(HOLD_S, self._deliver)
 
     def _deliver(self) -> None:
         while self._queue:

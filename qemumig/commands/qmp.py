@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..channels.address import Address, FdAddress, parse_channels, parse_uri
@@ -17,7 +18,7 @@ from ..channels.file import OpenPath, no_path
 from ..destination.incoming import IncomingMigration
 from ..destination.support import check_support
 from ..errors import MachineError, OptionError, StateError
-from ..machine import Machine
+from ..machine import HoldEvents, Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..source.migration import Migration
@@ -46,7 +47,7 @@ class MigrationCommands:
 
     *take_fd* hands out a descriptor by the name that `getfd` gave it, *find_object* what `object-add` made, *open_path*
     a descriptor out of a set; *exit_process* is called, from any thread, with a status and a sentence when an incoming
-    migration failed that was to end the process.
+    migration failed that was to end the process.  Inside *hold_events* events may wait a little: the guest stands still.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class MigrationCommands:
         options: MigrationOptions,
         *,
         emit: Emit,
+        hold_events: HoldEvents = nullcontext,
         autostart: bool = True,
         take_fd: Callable[[str], int],
         find_object: FindObject = no_object,
@@ -63,11 +65,20 @@ class MigrationCommands:
     ) -> None:
         self._machine = machine
         self.options = options
-        self._source = Migration(machine, options, emit=emit, take_fd=take_fd, find_object=find_object, open_path=open_path)
+        self._source = Migration(
+            machine,
+            options,
+            emit=emit,
+            hold_events=hold_events,
+            take_fd=take_fd,
+            find_object=find_object,
+            open_path=open_path,
+        )
         self._destination = IncomingMigration(
             machine,
             options,
             emit=emit,
+            hold_events=hold_events,
             take_fd=take_fd,
             find_object=find_object,
             open_path=open_path,

@@ -13,10 +13,10 @@ Threads   the control loop's thread calls `listen`, `query`, `close`; `mig/dst/m
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from ..channels.channel import Channel, QuitEvent, has_hung_up
 from ..channels.connect import Listener, incoming, no_object, tls_of_destination
 from ..channels.file import OpenPath, no_path
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, StateError, StreamError
-from ..machine import Machine
+from ..machine import HoldEvents, Machine
 from ..multifd.arrivals import Arrivals
 from ..multifd.receivers import Receivers
 from ..options import MigrationOptions
@@ -64,6 +64,7 @@ class IncomingMigration:
         open_path: OpenPath = no_path,
         autostart: bool = True,
         on_failure: Callable[[str], None] = lambda message: None,
+        hold_events: HoldEvents = nullcontext,
     ) -> None:
         self._machine = machine
         self._options = options
@@ -72,6 +73,8 @@ class IncomingMigration:
         self._tls = partial(tls_of_destination, options, find_object)
         self._open_path = open_path
         self._on_failure = on_failure
+        self._hold_events = hold_events
+        self._standstill = ExitStack()  # from the last that the source sends of a guest to its start
         self._states = StatusMachine(DESTINATION, self._announce)
         self._lock = threading.Lock()  # guards autostart against the moment of the start
         self._start_lock = threading.Lock()  # held from the start of the guest to `completed`, which are seen as one
@@ -200,6 +203,7 @@ class IncomingMigration:
             listener=self._listener,
             quit_event=self._quit,
             end_packets=self._end_packets,
+            hold_events=self._hold,
         )
         if not self._options.capability("postcopy-preempt") and not arrivals.channels:
             self._listener.close()
@@ -221,6 +225,7 @@ class IncomingMigration:
             return
         self._end_packets()
         trace.vmstate_downtime_checkpoint("dst-precopy-loadvm-completed")
+        self._hold()
         self._load_devices()
         if loader.description_missing:
             print("migration: the stream ends without a description of its device state", file=sys.stderr)
@@ -230,6 +235,10 @@ class IncomingMigration:
             self._start(loader.runstate, told)
             self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
 
+    def _hold(self) -> None:
+        """All processors are for the guest that stands still, until it has started: nobody is told anything meanwhile."""
+        self._standstill.enter_context(self._hold_events())
+
     def _start(self, source_runstate: RunState | None, told: bool) -> None:
         """Start the guest; the source has let go of it: whatever happens now, it is kept."""
         try:
@@ -238,6 +247,7 @@ class IncomingMigration:
             self.error = MachineError(f"the guest is here but does not start ({error}): mend that, then use 'cont'")
             print(f"migration: {self.error}", file=sys.stderr)
             self._machine.set_runstate(RunState.PAUSED)
+        self._standstill.close()
         trace.vmstate_downtime_checkpoint("dst-precopy-bh-vm-started")
 
     def _load_devices(self) -> None:
@@ -252,6 +262,7 @@ class IncomingMigration:
     def _settle(self) -> None:
         """Put the device state of a package into effect, before the source hears that it was loaded."""
         assert self._loader is not None and self._postcopy is not None
+        self._postcopy.serve()
         if self._loader.staged:
             self._load_devices()
             self._loader.staged.clear()
@@ -387,7 +398,7 @@ class IncomingMigration:
             return  # the guest is here and nowhere else, all of it that there is
         if self._postcopy is not None:
             self._postcopy.release_waiters()
-            with contextlib.suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
+            with suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))
         self._stop_receivers()
         self._machine.discard_ram()
@@ -395,6 +406,7 @@ class IncomingMigration:
 
     def _clean_up(self) -> None:
         assert self._quit is not None
+        self._standstill.close()
         self._stop_receivers()
         if self._postcopy is not None:
             self._blocktime = describe_blocktime(self._postcopy, self._options)

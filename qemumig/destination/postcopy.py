@@ -83,7 +83,8 @@ class PostcopyDestination:
     """Postcopy of one incoming migration.
 
     *listener* is where the source connects, for as long as more channels may come; *answers* the return path.  Before
-    anything may be missing, *end_packets* makes sure that all that came by channels of multifd is here.
+    anything may be missing, *end_packets* makes sure that all that came by channels of multifd is here; *hold_events* is
+    called when only the device state is left to come.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class PostcopyDestination:
         listener: Listener,
         quit_event: QuitEvent,
         end_packets: Callable[[], None],
+        hold_events: Callable[[], None],
     ) -> None:
         # set before any thread starts
         self._machine = machine
@@ -103,6 +105,7 @@ class PostcopyDestination:
         self._states = states
         self._quit = quit_event
         self._end_packets = end_packets
+        self._hold_events = hold_events
         self._fresh = {block.idstr for block in machine.ram_blocks if block.fresh}
         self.answers = Answers()
         # under the lock
@@ -277,6 +280,7 @@ class PostcopyDestination:
         self._require("POSTCOPY_LISTEN", offset, Phase.ADVISE, Phase.DISCARD)
         if not self.answers.is_open:
             raise StreamError(f"POSTCOPY_LISTEN at offset {offset:#x}: there is no return path to ask for pages by")
+        self._hold_events()
         if self._phase is Phase.ADVISE:
             self._begin_discard()
         if self._preempt_thread is not None:
@@ -289,8 +293,11 @@ class PostcopyDestination:
         self._use(loader.stream, loader)
         trace.loadvm_postcopy_handle_listen()
         self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.POSTCOPY_DEVICE)
+        self._phase = Phase.LISTENING
+
+    def serve(self) -> None:
+        """Wake the threads: what is done next, to put device state into effect, may touch pages that are missing."""
         with self._changed:
-            self._phase = Phase.LISTENING
             self._changed.notify_all()
 
     def _await_preempt(self) -> None:

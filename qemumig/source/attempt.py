@@ -25,11 +25,12 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
 from ..errors import ChannelError, MachineError, MigrationCancelled, MigrationError, OptionError, StreamError
-from ..machine import Machine
+from ..machine import HoldEvents, Machine
 from ..multifd.senders import Senders
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
@@ -74,6 +75,7 @@ class Attempt:
         open_channel: Callable[[], Channel],
         quit_event: QuitEvent,
         on_pass: Callable[[int], None],
+        hold_events: HoldEvents,
     ) -> None:
         self.machine = machine
         self.options = options
@@ -94,6 +96,7 @@ class Attempt:
         self._quit = quit_event
         self._proceed = QuitEvent()  # set by `migrate-continue`
         self._on_pass = on_pass
+        self._hold_events = hold_events
         self._lock = threading.Lock()
         self._cancelled = False
         self._committed = False  # the last write has begun
@@ -211,12 +214,17 @@ class Attempt:
 
     def _switch_over(self) -> None:
         """Stop the guest, and move all that is left of it."""
-        self._stop_guest()
-        self._enter_device()
-        self._send_rest()
-        assert self.writer is not None and self._noted_runstate is not None
-        self._commit(self.writer.write_devices(self.machine, self._noted_runstate))
+        with self._standing_still():
+            self._stop_guest()
+            self._enter_device()
+            self._send_rest()
+            assert self.writer is not None and self._noted_runstate is not None
+            self._commit(self.writer.write_devices(self.machine, self._noted_runstate))
         self._confirm()
+
+    def _standing_still(self) -> AbstractContextManager[None]:
+        """Around the time without a guest: nobody is told of it just then, unless it is a pause that somebody wants."""
+        return nullcontext() if self.options.capability("pause-before-switchover") else self._hold_events()
 
     def _move(self, expected: MigrationStatus, new: MigrationStatus) -> None:
         if not self._states.advance(expected, new):

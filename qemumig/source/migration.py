@@ -8,6 +8,7 @@ Threads   the control loop's thread calls everything here; an attempt announces 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ..channels.channel import Channel, QuitEvent
 from ..channels.connect import no_object, outgoing, tls_of_source
 from ..channels.file import OpenPath, no_path
 from ..errors import MigrationError, OptionError, StateError
-from ..machine import Machine
+from ..machine import HoldEvents, Machine
 from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..states import IN_POSTCOPY, SOURCE, StatusMachine
@@ -37,7 +38,7 @@ class Migration:
 
     *emit* sends an event (MIGRATION and MIGRATION_PASS, only with capability `events`); *take_fd* hands out a
     descriptor by the name it was given, *open_path* one for a path that means a set of them; *find_object* gives the
-    objects that parameters name.
+    objects that parameters name.  Inside *hold_events* the guest stands still, and events may wait a little.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Migration:
         take_fd: Callable[[str], int],
         find_object: FindObject = no_object,
         open_path: OpenPath = no_path,
+        hold_events: HoldEvents = nullcontext,
     ) -> None:
         self._machine = machine
         self._options = options
@@ -56,6 +58,7 @@ class Migration:
         self._take_fd = take_fd
         self._find_object = find_object
         self._open_path = open_path
+        self._hold_events = hold_events
         self._states = StatusMachine(SOURCE, self._announce)
         self._attempt: Attempt | None = None
         self._quit: QuitEvent | None = None  # of the attempt
@@ -90,7 +93,15 @@ class Migration:
             self._states.advance(MigrationStatus.SETUP, MigrationStatus.FAILED)
             raise
         self._quit = quit_event
-        what = (self._machine, self._options, self._states, open_channel, quit_event, self._announce_pass)
+        what = (
+            self._machine,
+            self._options,
+            self._states,
+            open_channel,
+            quit_event,
+            self._announce_pass,
+            self._hold_events,
+        )
         if self._options.capability("postcopy-ram"):
             self._attempt = PostcopyAttempt(*what, open_another=lambda: self._opener(address, quit_event.fd)())
         elif self._options.capability("background-snapshot"):

@@ -201,9 +201,10 @@ class PostcopyAttempt(Attempt):
             raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
         self._connect_urgent()
         self._sync_channels()
-        self._stop_guest()
-        self._enter_device()
-        self._hand_over()
+        with self._standing_still():
+            self._stop_guest()
+            self._enter_device()
+            self._hand_over()
         self._serve_until_done()
 
     def _sync_channels(self) -> None:

@@ -52,7 +52,14 @@ def run(data: bytes) -> str:
             states = StatusMachine(DESTINATION, lambda status: None)
             listener: Any = None  # nobody else connects
             postcopy = PostcopyDestination(
-                machine, options, states, channel=channel, listener=listener, quit_event=event, end_packets=lambda: None
+                machine,
+                options,
+                states,
+                channel=channel,
+                listener=listener,
+                quit_event=event,
+                end_packets=lambda: None,
+                hold_events=lambda: None,
             )
         loader = StreamLoader(
             machine,

@@ -164,3 +164,50 @@ def test_what_is_held_back_when_the_hub_stops_is_delivered():
             hub.emit("RTC_CHANGE", {"offset": number})
 
     assert [event["data"]["offset"] for event in collected(scenario)] == [0, 2]
+
+
+def emit_elsewhere(hub, *names):
+    thread = threading.Thread(target=lambda: [hub.emit(name) for name in names])
+    thread.start()
+    thread.join()
+
+
+def test_events_of_others_wait_while_they_are_held_and_come_in_order():
+    async def scenario(hub):
+        hub.start()
+        seen = []
+        hub.subscribe(lambda message: seen.append(message["event"]))
+        with hub.held():
+            emit_elsewhere(hub, "STOP", "MIGRATION")
+            await asyncio.sleep(0)
+            assert seen == []
+        emit_elsewhere(hub, "RESUME")
+        await asyncio.sleep(0.01)
+        assert seen == ["STOP", "MIGRATION", "RESUME"]
+
+    assert len(collected(scenario)) == 3
+
+
+def test_no_event_is_held_for_long():
+    async def scenario(hub):
+        hub.start()
+        told = asyncio.Event()
+        hub.subscribe(lambda message: told.set())
+        with hub.held():
+            emit_elsewhere(hub, "STOP")
+            await asyncio.wait_for(told.wait(), 20)
+
+    assert len(collected(scenario)) == 1
+
+
+def test_a_command_that_causes_an_event_does_not_wait_for_a_hold():
+    async def scenario(hub):
+        hub.start()
+        seen = []
+        hub.subscribe(lambda message: seen.append(message["event"]))
+        with hub.held():
+            emit_elsewhere(hub, "STOP")
+            hub.emit("RESET")
+            assert seen == ["STOP", "RESET"]
+
+    assert len(collected(scenario)) == 2
