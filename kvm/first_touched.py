@@ -2,6 +2,7 @@
 
     tables        those that translate the addresses below, level by level
     code, stack   the pages of RIP and RSP, and the neighbours that the next instructions are likely to reach
+    data          what the other general registers point at, if they do: most code keeps there what it works on
     descriptors   GDT, IDT and TSS: the first interrupt reads all three
     for KVM       what it writes itself when a vCPU begins: the clock, stolen time, the words of interrupts
 
@@ -11,6 +12,7 @@ It is advice: a page too many costs its bytes, one too few a page fault.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from .paging import PAGE_SIZE, ControlRegisters, Read, translate
 from .structs import kvm_sregs
@@ -20,6 +22,7 @@ _WALL_CLOCK = 0x11  # its value is an address, 0 for none
 _ENABLED_BY_BIT_0 = (0x12, 0x4B564D02, 0x4B564D03, 0x4B564D04)  # system time, async page faults, steal time, PV EOI
 _ENABLED = 1
 _FLAGS = 0x3F  # below the address, in those
+_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{number}" for number in range(8, 16)))
 
 
 def first_touched(vcpu: Vcpu, read: Read) -> list[int]:
@@ -31,11 +34,12 @@ def first_touched(vcpu: Vcpu, read: Read) -> list[int]:
     def note(address: int) -> None:
         found[address & ~(PAGE_SIZE - 1)] = None
 
+    @cache
     def read_table(address: int, size: int) -> bytes:
         note(address)
         return read(address, size)
 
-    for address in _linear(vcpu, sregs):
+    for address in dict.fromkeys(address & ~(PAGE_SIZE - 1) for address in _linear(vcpu, sregs)):
         physical = translate(registers, read_table, address)
         if physical is not None:
             note(physical)
@@ -49,6 +53,10 @@ def _linear(vcpu: Vcpu, sregs: kvm_sregs) -> Iterator[int]:
     code, stack = sregs.cs.base + regs.rip, sregs.ss.base + regs.rsp
     for address in (code, code + PAGE_SIZE, stack, stack - PAGE_SIZE, sregs.gdt.base, sregs.idt.base, sregs.tr.base):
         yield address & (1 << 64) - 1
+    for name in _GENERAL:
+        address = getattr(regs, name)
+        if address >= PAGE_SIZE:
+            yield address
 
 
 def _of_kvm(vcpu: Vcpu) -> Iterator[int]:

@@ -57,6 +57,7 @@ cdef class PageServer:
     cdef HostPage jump                # under the lock: the last urgent page, block −1 for none: the walk goes on behind it
     cdef Walk walk                    # the migration thread's
     cdef int stream_status            # of the main channel
+    cdef pthread_mutex_t urgent_lock  # of the urgent lane: the return path's thread and the migration thread send there
     cdef int urgent_status
     cdef readonly uint64_t requests   # messages
     cdef readonly uint64_t zero_pages
@@ -66,6 +67,9 @@ cdef class PageServer:
     cdef bint take_request(self, HostPage *found) noexcept nogil
     cdef bint enqueue(self, int block, uint64_t page) noexcept nogil
     cdef int request(self, int block, uint64_t start, uint64_t length) noexcept nogil
+    cdef void begin_urgent(self) noexcept nogil
+    cdef int send_urgent(self, int block, uint64_t page) noexcept nogil
+    cdef int end_urgent(self, int status) noexcept nogil
     cdef int send_host_page(self, Lane lane, int block, uint64_t page) noexcept nogil
     cdef int flush(self, Lane lane) noexcept nogil
     cdef void release(self, Lane lane) noexcept nogil

@@ -34,10 +34,10 @@ class PageServer:
         """Send what is asked for, and about *byte_limit* bytes and *page_limit* pages besides; True when all is clean."""
     def make_uniform(self) -> None:
         """A host page of which some target page is dirty is dirty as a whole; then count anew."""
-    def serve_at_once(self, places: Iterable[tuple[int, int]]) -> None:
-        """Send those of the host pages at *places* (a block's index, an offset in it) that are dirty, on the main channel.
+    def send_first(self, places: Iterable[tuple[int, int]]) -> None:
+        """Send those of the host pages at *places* (a block's index, an offset in it) that are dirty as if asked for.
 
-        They are for a destination that loads pages still as those of precopy: what comes later names its block anew.
+        By the urgent channel they leave at once; on the main channel they are what the next `serve` begins with.
         """
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""

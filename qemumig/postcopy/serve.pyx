@@ -97,12 +97,14 @@ cdef class PageServer:
             self.blocks[index].name = name
             self.blocks[index].name_length = len(name)
         pthread_mutex_init(&self.lock, NULL)
+        pthread_mutex_init(&self.urgent_lock, NULL)
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __dealloc__(self):
         free(self.blocks)
         free(self.ring)
         pthread_mutex_destroy(&self.lock)
+        pthread_mutex_destroy(&self.urgent_lock)
         self.close()
 
     def close(self) -> None:
@@ -188,18 +190,31 @@ cdef class PageServer:
             pthread_mutex_unlock(&self.lock)
             eventfd_write(self.wake_fd, 1)
             return REQUEST_TAKEN
+        self.begin_urgent()
         while page < end and status == STREAM_OK:
-            if self.claim(block, page):
-                status = self.send_host_page(self.urgent, block, page)
+            status = self.send_urgent(block, page)
             page += count
-        if status == STREAM_OK:
-            status = self.flush(self.urgent)
-        self.urgent_status = status
+        status = self.end_urgent(status)
         pthread_mutex_lock(&self.lock)
         self.jump.block = block
         self.jump.page = min(page, pages)
         pthread_mutex_unlock(&self.lock)
         return REQUEST_TAKEN if status == STREAM_OK else REQUEST_SEND
+
+    cdef void begin_urgent(self) noexcept nogil:
+        """The channel of urgent pages is the caller's until `end_urgent`."""
+        pthread_mutex_lock(&self.urgent_lock)
+
+    cdef int send_urgent(self, int block, uint64_t page) noexcept nogil:
+        return self.send_host_page(self.urgent, block, page) if self.claim(block, page) else STREAM_OK
+
+    cdef int end_urgent(self, int status) noexcept nogil:
+        """Let the pages leave, unless one has failed already."""
+        if status == STREAM_OK:
+            status = self.flush(self.urgent)
+        self.urgent_status = status
+        pthread_mutex_unlock(&self.urgent_lock)
+        return status
 
     # ---- pages into a lane ----
 
@@ -401,21 +416,30 @@ cdef class PageServer:
             self.dirty.remaining = total
             pthread_mutex_unlock(&self.lock)
 
-    def serve_at_once(self, places) -> None:
-        """Send those of the host pages at *places* that are dirty, on the main channel; see serve.pyi."""
+    def send_first(self, places) -> None:
+        """Send the host pages at *places* before all others; see serve.pyi."""
         cdef int index, status = STREAM_OK
         cdef uint64_t page
+        cdef list found = []
         for index, offset in places:
             if not (0 <= index < self.dirty.block_count and 0 <= offset < self.dirty.table[index].pages * TARGET_PAGE_SIZE):
                 raise ValueError(f"offset {offset:#x} in block {index}")
             page = offset // TARGET_PAGE_SIZE
-            page -= page % self.blocks[index].count
-            if status == STREAM_OK and self.claim(index, page):
-                status = self.send_host_page(self.main, index, page)
-        if status == STREAM_OK:
-            status = self.flush(self.main)
-        self.main.last_block = -1
-        self.main.out.raise_on(status)
+            found.append((index, page - page % self.blocks[index].count))
+        for index, page in found if self.urgent is None else ():
+            pthread_mutex_lock(&self.lock)
+            self.enqueue(index, page)
+            pthread_mutex_unlock(&self.lock)
+        if self.urgent is None and found:
+            eventfd_write(self.wake_fd, 1)
+        if self.urgent is None:
+            return
+        self.begin_urgent()
+        for index, page in found:
+            if status == STREAM_OK:
+                status = self.send_urgent(index, page)
+        status = self.end_urgent(status)
+        self.urgent.out.raise_on(status)
 
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""

@@ -21,6 +21,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -40,7 +41,8 @@ from .attempt import LAST_WORD_S, PING_OPENED, Attempt
 from .return_path import ReturnPath, Verdict
 from .writer import StreamWriter
 
-PING_DISCARDED, PING_LOADED, PING_TAKEN, PING_SWITCHED = 2, 3, 0x42, 4  # as QEMU numbers them
+PING_DISCARDED, PING_LOADED, PING_SWITCHED = 2, 3, 4  # as QEMU numbers them
+PING_DRAINED, PING_TAKEN = 0x41, 0x42
 PART_S = 0.05
 SETTLE_S, LOOK_S = 0.05, 0.001  # how long the destination is left alone with device state; how often it is asked
 HEAD_START_S = 0.004  # then how long the guest has the processors before pages that nobody waits for are sent
@@ -70,6 +72,7 @@ class PostcopyAttempt(Attempt):
         self._urgent: OutputStream | None = None
         self._urgent_channel: Channel | None = None
         self._earlier_bytes = 0  # on connections that are lost, without the first
+        self._standstill = ExitStack()  # closed when the guest runs there
         self._is_recovered = False  # the main channel is not the first one any more
         self._switch_bytes = 0  # sent when the guest was handed over
         # under the condition
@@ -194,18 +197,27 @@ class PostcopyAttempt(Attempt):
         if not self._wants:
             super()._switch_over()
             return
-        assert self._return_path is not None
-        if not self._return_path.wait_pong(
-            PING_OPENED
-        ):  # the destination is there: what connects next is not taken for the main one
-            raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
+        self._await_pong(PING_OPENED)  # the destination is there: what connects next is not taken for the main one
         self._connect_urgent()
         self._sync_channels()
-        with self._standing_still():
+        self._drain()
+        with self._standstill as standstill:
+            standstill.enter_context(self._standing_still())
             self._stop_guest()
             self._enter_device()
             self._hand_over()
-        self._serve_until_done()
+            self._serve_until_done()
+
+    def _await_pong(self, value: int) -> None:
+        assert self._return_path is not None
+        if not self._return_path.wait_pong(value):
+            raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
+
+    def _drain(self) -> None:
+        """Until the destination has loaded all that is under way: the guest runs meanwhile, and would else wait for it."""
+        assert self.writer is not None
+        self.writer.command(commands.Ping(PING_DRAINED))
+        self._await_pong(PING_DRAINED)
 
     def _sync_channels(self) -> None:
         """Whatever went by channels of multifd is in memory there before anything of it is discarded (postcopy.md §10)."""
@@ -226,7 +238,6 @@ class PostcopyAttempt(Attempt):
         self.server = PageServer(self.ram.dirty)
         self.server.connect(self.writer.out, self._urgent)
         self.server.make_uniform()
-        self._send_first()
         trace.ram_postcopy_send_discard_bitmap()
         self.server.put_discards()
         if self.options.capability("release-ram"):
@@ -244,17 +255,12 @@ class PostcopyAttempt(Attempt):
     def _send_first(self) -> None:
         """What the guest touches as soon as it runs, so that it does not begin with a row of page faults.
 
-        Not beside channels of multifd, on which a page would be expected that belongs to precopy (postcopy.md §10).
+        It is there in time: the destination has to put device state into effect before.
         """
-        assert self.writer is not None and self.server is not None and self.ram is not None
-        if isinstance(self.ram, MultifdRamSource):
-            return
-        self.writer.begin_section(SectionType.QEMU_VM_SECTION_PART)
+        assert self.server is not None and self.ram is not None
         index_of = {block.idstr: index for index, block in enumerate(self.ram.blocks)}
         touched = self.machine.first_touched()
-        self.server.serve_at_once([(index_of[block.idstr], offset) for block, offset in touched if block.idstr in index_of])
-        self.writer.out.write_be64(RamSaveFlag.RAM_SAVE_FLAG_EOS)
-        self.writer.end_section()
+        self.server.send_first([(index_of[block.idstr], offset) for block, offset in touched if block.idstr in index_of])
 
     def _package(self) -> bytes:
         """LISTEN, device state, and RUN, as one."""
@@ -312,8 +318,11 @@ class PostcopyAttempt(Attempt):
 
         All processors that there are shall work for that, and then for what it touches first.
         """
+        if not self._is_recovered:
+            self._send_first()
         self._send_requested(SETTLE_S, lambda: self._taken)
         self._send_requested(HEAD_START_S, lambda: False)
+        self._standstill.close()
 
     def _send_requested(self, seconds: float, is_enough: Callable[[], bool]) -> None:
         """Send only what is asked for, for some *seconds* at most."""

@@ -57,7 +57,7 @@ def test_the_guest_boots_with_all_that_the_host_has(workshop: Workshop, model: s
 
 
 def test_where_the_vcpus_go_on_is_told_once_they_stand(workshop: Workshop) -> None:
-    """Code, stack, tables and the clock's page of each vCPU: small numbers of pages, all of them in RAM."""
+    """Code, stack, data, tables and the clock's page of each vCPU: small numbers of pages, all of them in RAM."""
     machine, _ = running_guest(workshop, 2)
     with pytest.raises(StateError, match="must be stopped to be looked at"):
         machine.first_touched()
@@ -69,6 +69,8 @@ def test_where_the_vcpus_go_on_is_told_once_they_stand(workshop: Workshop) -> No
     for processor in machine._processors:
         regs, sregs = processor.vcpu.get_regs(), processor.vcpu.get_sregs()
         expected |= {("microvm.ram", address & ~(PAGE - 1)) for address in (sregs.cr3, regs.rsp, sregs.idt.base)}
+        pointers = [value for value in (getattr(regs, f"r{n}") for n in range(8, 16)) if MIB <= value < 64 * MIB]
+        expected |= {("microvm.ram", address & ~(PAGE - 1)) for address in pointers}  # what the guest works on
     assert expected <= set(places)
 
 
