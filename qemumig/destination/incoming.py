@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
@@ -37,7 +38,7 @@ from ..savevm.rehearsal import rehearse
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
 from .loader import StreamLoader
-from .postcopy import Phase, PostcopyDestination
+from .postcopy import HEAD_START_S, Phase, PostcopyDestination
 
 if TYPE_CHECKING:  # most migrations have no TLS: its library is loaded by those that do
     from ..channels.objects import FindObject
@@ -234,6 +235,7 @@ class IncomingMigration:
         with self._start_lock:
             self._start(loader.runstate, told)
             self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
+        self._standstill.close()
 
     def _hold(self) -> None:
         """All processors are for the guest that stands still, until it has started: nobody is told anything meanwhile."""
@@ -247,7 +249,6 @@ class IncomingMigration:
             self.error = MachineError(f"the guest is here but does not start ({error}): mend that, then use 'cont'")
             print(f"migration: {self.error}", file=sys.stderr)
             self._machine.set_runstate(RunState.PAUSED)
-        self._standstill.close()
         trace.vmstate_downtime_checkpoint("dst-precopy-bh-vm-started")
 
     def _load_devices(self) -> None:
@@ -272,6 +273,8 @@ class IncomingMigration:
         """RUN has come: the guest is here, whatever happens to the connection."""
         assert self._postcopy is not None
         self._start(RunState.RUNNING, True)
+        time.sleep(HEAD_START_S)  # the guest has the processors first
+        self._standstill.close()
         self._postcopy.finish()
         self._states.advance(MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.COMPLETED)
         try:
