@@ -18,8 +18,9 @@ Holds     (1) nothing is written past the target, nothing read past the source
           (3) after a failure the object is of no use any more
 """
 
-from libc.stdint cimport uint8_t, uintptr_t
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from .libraries import ZLIB, ZSTD, functions_of
 
@@ -45,7 +46,8 @@ cdef enum:
 cdef enum:
     LAST_FAST_LEVEL = 2
     HURRIED = 4                   # where noise is, repeats are looked for at every fourth place
-    TRIAL_PERIOD = 16             # packets from one trial to the next
+    TRIAL_PERIOD = 16             # packets from one trial to the next …
+    TRIAL_PERIOD_NS = 50_000_000  # … or less where the link is slow: what is in a packet then counts for more
     SAMPLE_SIZE = 0x10000         # bytes that a trial looks at …
     SAMPLE_BOUND = 0x11000        # … and more than they can become
     WORTH_IT = 32                 # the whole way must save more than this part of what the short one sends
@@ -167,7 +169,8 @@ cdef class HurryTrial:
     """
 
     cdef bint hurries             # what is done now
-    cdef unsigned int packets
+    cdef unsigned int packets     # since the last trial
+    cdef uint64_t tried_ns        # when that was
     cdef uint8_t sample[SAMPLE_SIZE]
     cdef uint8_t result[SAMPLE_BOUND]
 
@@ -177,11 +180,21 @@ cdef class HurryTrial:
 
     cdef bint changes(self, const uint8_t *data, size_t length) noexcept nogil:
         """A packet ends with *data*, which may change meanwhile: True when it is to go the other way from then on."""
-        cdef bint is_due = self.packets % TRIAL_PERIOD == 0
-        self.packets += 1
-        if not is_due or self.recommends(data, min(length, <size_t> SAMPLE_SIZE)) == self.hurries:
+        if not self.is_due() or self.recommends(data, min(length, <size_t> SAMPLE_SIZE)) == self.hurries:
             return False
         self.hurries = not self.hurries
+        return True
+
+    cdef bint is_due(self) noexcept nogil:
+        cdef timespec now
+        cdef uint64_t now_ns
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        now_ns = <uint64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
+        self.packets += 1
+        if self.packets < TRIAL_PERIOD and now_ns - self.tried_ns < TRIAL_PERIOD_NS:
+            return False
+        self.packets = 0
+        self.tried_ns = now_ns
         return True
 
     cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
