@@ -97,7 +97,8 @@ class EventHub:
         self._queue: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
-        self._holds = 0  # how many want nothing delivered
+        self._holds = 0  # how many want nothing delivered …
+        self._held_until_s = 0.0  # … and until when they get it
 
     def start(self) -> None:
         """Deliver from now on, on the running loop."""
@@ -130,7 +131,7 @@ class EventHub:
             if self._loop is None:
                 return
             if threading.get_ident() != self._loop_thread:
-                if not self._holds:
+                if not self._holds or time.monotonic() >= self._held_until_s:
                     self._loop.call_soon_threadsafe(self._deliver)
                 return
         self._deliver()
@@ -140,6 +141,7 @@ class EventHub:
         """Inside, events of other threads than the loop's wait: till the end, or for HOLD_S if that is sooner."""
         with self._lock:
             self._holds += 1
+            self._held_until_s = time.monotonic() + HOLD_S
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._deliver_after_all)
         try:

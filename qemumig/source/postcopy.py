@@ -318,11 +318,13 @@ class PostcopyAttempt(Attempt):
 
         All processors that there are shall work for that, and then for what it touches first.
         """
-        if not self._is_recovered:
-            self._send_first()
-        self._send_requested(SETTLE_S, lambda: self._taken)
-        self._send_requested(HEAD_START_S, lambda: False)
-        self._standstill.close()
+        try:
+            if not self._is_recovered:
+                self._send_first()
+            self._send_requested(SETTLE_S, lambda: self._taken)
+            self._send_requested(HEAD_START_S, lambda: False)
+        finally:
+            self._standstill.close()
 
     def _send_requested(self, seconds: float, is_enough: Callable[[], bool]) -> None:
         """Send only what is asked for, for some *seconds* at most."""
