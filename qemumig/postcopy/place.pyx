@@ -276,6 +276,7 @@ cdef class PageReceiver:
     cdef uint64_t run_count           # 0: there are none
     cdef uint8_t *run_data            # in the stream's buffer, before its position; NULL: zeroes
     cdef int stream_status
+    cdef bint between_records         # nothing of the next one was read
     cdef readonly uint64_t zero_pages
     cdef readonly uint64_t normal_pages
 
@@ -463,12 +464,14 @@ cdef class PageReceiver:
         cdef int status
         while limit > 0:
             limit -= 1
+            self.between_records = True
             status = self.need(HEAD)
             if status != RECEIVE_EOS:
                 return status
             self.head_offset = self.stream.base + self.stream.position
             self.head = get_be64(self.stream.buffer + self.stream.position)
             self.stream.position += HEAD
+            self.between_records = False
             if self.head == RAM_SAVE_FLAG_EOS:
                 return RECEIVE_EOS
             status = self.receive_record()
@@ -508,7 +511,7 @@ cdef class PageReceiver:
         if status == RECEIVE_EOS:
             return True
         if status == RECEIVE_STREAM:
-            if self.stream_status == STREAM_END and self.stream.position == self.stream.end:
+            if self.stream_status == STREAM_END and self.between_records and self.stream.position == self.stream.end:
                 return False
             self.stream.raise_on(self.stream_status, "a record of the preempt channel")
         raise self.refusal(status)

@@ -338,6 +338,16 @@ def test_an_urgent_page_on_its_way_is_waited_for_before_a_name_is_missed() -> No
         assert pages_of(link.beside[0], 0, 2) == b"uo"
 
 
+@pytest.mark.parametrize("length", [4, 8, 12, 100])
+def test_a_channel_of_urgent_pages_does_not_end_inside_a_record(length: int) -> None:
+    with missing() as link:
+        link.far._socket.sendall(record(0, FULL, b"u" * PAGE)[:length])
+        link.far.finish()
+        with pytest.raises(StreamError, match="stream ends inside a record of the preempt channel"):
+            link.receiver.load_channel()
+        assert link.here.missing_pages() == PAGES
+
+
 @contextmanager
 def fault_thread(link: SimpleNamespace) -> Iterator[FaultServer]:
     """The fault thread, with the far end's socket readable in one call."""
