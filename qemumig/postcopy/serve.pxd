@@ -67,6 +67,7 @@ cdef class PageServer:
     cdef bint take_request(self, HostPage *found) noexcept nogil
     cdef bint enqueue(self, int block, uint64_t page) noexcept nogil
     cdef int request(self, int block, uint64_t start, uint64_t length) noexcept nogil
+    cdef queue_first(self, list places)
     cdef void begin_urgent(self) noexcept nogil
     cdef int send_urgent(self, int block, uint64_t page) noexcept nogil
     cdef int end_urgent(self, int status) noexcept nogil

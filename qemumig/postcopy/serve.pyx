@@ -426,20 +426,27 @@ cdef class PageServer:
                 raise ValueError(f"offset {offset:#x} in block {index}")
             page = offset // TARGET_PAGE_SIZE
             found.append((index, page - page % self.blocks[index].count))
-        for index, page in found if self.urgent is None else ():
+        if self.urgent is None:
+            self.queue_first(found)
+            return
+        with nogil:  # as all that may wait for the other side
+            self.begin_urgent()
+        for index, page in found:
+            with nogil:
+                status = self.send_urgent(index, page) if status == STREAM_OK else status
+        with nogil:
+            status = self.end_urgent(status)
+        self.urgent.out.raise_on(status)
+
+    cdef queue_first(self, list places):
+        cdef int index
+        cdef uint64_t page
+        for index, page in places:
             pthread_mutex_lock(&self.lock)
             self.enqueue(index, page)
             pthread_mutex_unlock(&self.lock)
-        if self.urgent is None and found:
+        if places:
             eventfd_write(self.wake_fd, 1)
-        if self.urgent is None:
-            return
-        self.begin_urgent()
-        for index, page in found:
-            if status == STREAM_OK:
-                status = self.send_urgent(index, page)
-        status = self.end_urgent(status)
-        self.urgent.out.raise_on(status)
 
     def put_discards(self) -> None:
         """Tell the destination of everything that is dirty, block by block, on the main channel."""
