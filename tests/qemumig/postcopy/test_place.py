@@ -297,6 +297,7 @@ def test_a_forgotten_name_is_that_of_the_urgent_page_where_the_page_is_missing_t
         feed(link, record(5 * PAGE, FULL, b"r" * PAGE))
         send_urgently(link, 0)
         feed(link, *(record(page * PAGE, FULL | CONTINUE, b"o" * PAGE) for page in (1, 2, 3)))
+        assert all(link.here.received[1].test(page) for page in range(4))  # who touches another waits for ever
         assert pages_of(link.beside[0], 0, 4) == b"uooo"
         feed(link, record(6 * PAGE, FULL, b"s" * PAGE))
         assert pages_of(link.memory, 5, 2) == b"rs"
@@ -335,6 +336,7 @@ def test_an_urgent_page_on_its_way_is_waited_for_before_a_name_is_missed() -> No
         send_urgently(link, 0)
         receiver.join()
         waiter.join()
+        assert link.here.received[1].test(1)
         assert pages_of(link.beside[0], 0, 2) == b"uo"
 
 
