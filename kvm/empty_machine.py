@@ -194,6 +194,9 @@ class EmptyMachine:
         """Nothing: there is no memory."""
         return []
 
+    def rehearse_load(self) -> None:
+        """Nothing will come."""
+
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Nothing can have come."""
 

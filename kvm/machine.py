@@ -500,6 +500,12 @@ class MicroVM:
             pages = dict.fromkeys(page for one in self._processors for page in first_touched(one.vcpu, read))
             return self._memory.places(pages)
 
+    def rehearse_load(self) -> None:
+        """Set the processors to what they are out of reset, as a load sets them; StateError while the machine runs."""
+        with self._transition, _kvm_refusals("rehearsing the load of device state"):
+            self._require_stopped("loaded")
+            self._reset_processors()
+
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Put *loaded* into effect: APICs first, then devices, then the vCPUs' registers.
 

@@ -191,6 +191,7 @@ class VcpuThread:
         with self._changed:
             self._alive = True
         try:
+            self._run_until_paused()  # straight out again; what KVM does for the first run of all is done then
             while self._park():
                 self._run_until_paused()
         finally:

@@ -115,6 +115,9 @@ class Machine(Protocol):
     def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
         """Pages that the stopped machine touches as soon as it goes on, each as its block and an offset in that; advice."""
 
+    def rehearse_load(self) -> None:
+        """Go through what `load_device_state` asks of the host, with the state that this incoming machine begins with."""
+
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         """Put loaded records into effect, all at once; the machine is stopped.  A record is used once."""
 

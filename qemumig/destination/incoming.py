@@ -34,7 +34,7 @@ from ..options import MigrationOptions
 from ..qapi import MigrationStatus, RunState
 from ..ram.landing import Landing
 from ..savevm import commands, remedies
-from ..savevm.rehearsal import rehearse
+from ..savevm.rehearsal import rehearse_arrival
 from ..states import DESTINATION, StatusMachine
 from ..threads import start_thread
 from .loader import StreamLoader
@@ -188,7 +188,7 @@ class IncomingMigration:
 
     def _take_guest(self) -> None:
         assert self._listener is not None and self._quit is not None
-        rehearse(self._machine.sections())
+        rehearse_arrival(self._machine)
         arrivals = self._arrivals = Arrivals(self._listener, self._options, self._machine.uuid)
         try:
             arrivals.gather()

@@ -28,6 +28,7 @@ from ..ram.load import RamLoader
 from ..ram.mapped import MappedLoader, PageFiles
 from ..savevm import commands, remedies, sections
 from ..savevm.reader import BytesReader, Reader
+from ..savevm.rehearsal import rehearse
 from ..savevm.sections import SectionEntry, SectionTable
 from ..wire.format import SectionType
 from ..wire.stream import InputStream
@@ -268,6 +269,8 @@ class StreamLoader:
             if self._is_package:
                 self._settle()
             self._pong(command.value)
+            if command.value == commands.PING_DRAINED:
+                rehearse(self._machine.sections(), times=1)  # there is nothing else to do before the guest has stopped
         elif isinstance(command, commands.Packaged):
             self._load_package(command.length)
         elif isinstance(command, commands.SwitchoverStart):

@@ -110,6 +110,7 @@ class PostcopyDestination:
         self.answers = Answers()
         # under the lock
         self._changed = threading.Condition()
+        self._listening = threading.Event()  # memory is registered, or nothing is waited for any more
         self._phase = Phase.NONE
         self._failure: MigrationError | None = None  # why the guest will never run here
         self._channel = channel
@@ -128,7 +129,8 @@ class PostcopyDestination:
         self._fault_quit = QuitEvent()
         self._rest: StreamLoader | None = None
         self._receiver: PageReceiver | None = None
-        self._threads: list[threading.Thread] = []
+        self._fault_thread: threading.Thread | None = None
+        self._listen_thread: threading.Thread | None = None
         self._preempt_thread: threading.Thread | None = None
 
     # ---- for others ----
@@ -139,7 +141,7 @@ class PostcopyDestination:
 
     @property
     def times(self) -> FaultTimes | None:
-        """Who waited for pages; None before LISTEN."""
+        """Who waited for pages; None before anything was discarded."""
         return self._memory.times if self._memory is not None else None
 
     def pause(self) -> None:
@@ -185,6 +187,7 @@ class PostcopyDestination:
             if self._link_quit is not None:
                 self._link_quit.set()
             self._changed.notify_all()
+        self._listening.set()
 
     def _shut_link(self) -> None:
         for channel in (self._channel, self._preempt_channel):
@@ -242,19 +245,17 @@ class PostcopyDestination:
         loader.landing.postcopy_advised = True
         self._phase = Phase.ADVISE
         trace.loadvm_postcopy_handle_advise()
-        self._threads = [
-            start_thread("mig/dst/fault", self._serve_faults),
-            start_thread("mig/dst/listen", self._listen_to_source),
-        ]
         if self._options.capability("postcopy-preempt"):
             self._preempt_thread = start_thread("mig/dst/preempt", self._receive_urgent)
+        # this one behaves by whether there is that one
+        self._listen_thread = start_thread("mig/dst/listen", self._listen_to_source)
 
     def _discard(self, command: commands.PostcopyRamDiscard, offset: int, loader: StreamLoader) -> None:
         self._require("POSTCOPY_RAM_DISCARD", offset, Phase.ADVISE, Phase.DISCARD)
         what = f"POSTCOPY_RAM_DISCARD at offset {offset:#x}"
         index, block = self._find(command.block, what, offset)
         if self._phase is Phase.ADVISE:
-            self._begin_discard()
+            self._begin_discard(loader)
         for start, length in command.ranges:
             if start % block.page_size or length % block.page_size or not length or start + length > block.used_length:
                 raise StreamError(
@@ -264,10 +265,16 @@ class PostcopyDestination:
                 )
             discard.forget_received(block, loader.landing.received[index], start, length)
 
-    def _begin_discard(self) -> None:
+    def _begin_discard(self, loader: StreamLoader) -> None:
+        """Make ready for what is going to be missing, while the guest may still run at the source."""
         for block in self._machine.ram_blocks:
             discard.allow_huge_pages(block, False)
+        times = FaultTimes(self._machine.vcpu_thread_ids())
+        self._memory = MissingMemory(loader.landing, Userfaultfd(THREAD_ID), times)
+        self._faults = FaultServer(self._memory, self.answers, self._fault_quit.fd)
+        self._fault_thread = start_thread("mig/dst/fault", self._faults.serve)
         self._phase = Phase.DISCARD
+        self._hold_events()
 
     def _find(self, name: str, what: str, offset: int) -> tuple[int, RAMBlock]:
         for index, block in enumerate(self._machine.ram_blocks):
@@ -280,25 +287,27 @@ class PostcopyDestination:
         self._require("POSTCOPY_LISTEN", offset, Phase.ADVISE, Phase.DISCARD)
         if not self.answers.is_open:
             raise StreamError(f"POSTCOPY_LISTEN at offset {offset:#x}: there is no return path to ask for pages by")
-        self._hold_events()
         if self._phase is Phase.ADVISE:
-            self._begin_discard()
+            self._begin_discard(loader)
+        assert self._memory is not None
         if self._preempt_thread is not None:
             self._await_preempt()
         self._end_packets()
-        uffd = Userfaultfd(THREAD_ID)
-        self._memory = MissingMemory(loader.landing, uffd, FaultTimes(self._machine.vcpu_thread_ids()))
         self._memory.register()
-        self._faults = FaultServer(self._memory, self.answers, self._fault_quit.fd)
         self._use(loader.stream, loader)
         trace.loadvm_postcopy_handle_listen()
         self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.POSTCOPY_DEVICE)
         self._phase = Phase.LISTENING
+        self._listening.set()
 
     def serve(self) -> None:
-        """Wake the threads: what is done next, to put device state into effect, may touch pages that are missing."""
-        with self._changed:
-            self._changed.notify_all()
+        """What is done next, to put device state into effect, may touch pages that are missing.
+
+        They come by the main channel, which is read from now on, if there is none of urgent pages.
+        """
+        if self._preempt_thread is None:
+            with self._changed:
+                self._changed.notify_all()
 
     def _await_preempt(self) -> None:
         """Until the channel of urgent pages is here: the source connects it before it stops the guest."""
@@ -332,7 +341,6 @@ class PostcopyDestination:
             self._settled = True
             self._phase = Phase.RUNNING
             self._states.advance(MigrationStatus.POSTCOPY_DEVICE, MigrationStatus.POSTCOPY_ACTIVE)
-            self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -343,7 +351,8 @@ class PostcopyDestination:
         with self._changed:
             self._started = True
             self._changed.notify_all()
-        self._threads[1].join()
+        assert self._listen_thread is not None
+        self._listen_thread.join()
         if self._phase is not Phase.END:
             raise MigrationCancelled("the process ends")
 
@@ -369,30 +378,16 @@ class PostcopyDestination:
         self._fault_quit.set()
         current = threading.current_thread()
         preempt, self._preempt_thread = self._preempt_thread, None
-        for thread in (*self._threads, preempt):
+        for thread in (self._fault_thread, self._listen_thread, preempt):
             if thread is not None and thread is not current:
                 thread.join()
-
-    # ---- `mig/dst/fault`: what is touched ----
-
-    def _serve_faults(self) -> None:
-        if self._await_listen():
-            assert self._faults is not None
-            self._faults.serve()
-
-    def _await_listen(self) -> bool:
-        """Until LISTEN has come: threads are not started while the guest stands still.  False when it does not come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._phase in AFTER_LISTEN or self._quit.is_set())
-            return self._phase in AFTER_LISTEN
 
     # ---- `mig/dst/listen`: the main channel after LISTEN ----
 
     def _listen_to_source(self) -> None:
-        if not self._await_listen():
+        if not self._await_turn():
             return
         trace.postcopy_ram_listen_thread_start()
-        self._let_start()
         try:
             while not self._load_rest():
                 self._await_recovery()
@@ -404,12 +399,23 @@ class PostcopyDestination:
         finally:
             trace.postcopy_ram_listen_thread_exit()
 
-    def _let_start(self) -> None:
-        """Leave the processors to the start of the guest, where a page that it waits for comes by another channel."""
-        if self._preempt_thread is not None:
-            with self._changed:
-                if self._changed.wait_for(lambda: self._started or self._failure is not None, SETTLE_S):
-                    self._changed.wait_for(lambda: self._failure is not None, HEAD_START_S)
+    def _await_turn(self) -> bool:
+        """Until LISTEN has come; False when it does not.
+
+        Where a page that the guest waits for comes by another channel, the processors are left to its start as well.
+        Nobody wakes this thread for that: it looks now and then, and being woken costs what it is to save.
+        """
+        with self._changed:
+            if self._preempt_thread is None:
+                self._changed.wait_for(lambda: self._phase in AFTER_LISTEN or self._quit.is_set())
+                return self._phase in AFTER_LISTEN
+            before = Phase.NONE
+            while before not in AFTER_LISTEN and not self._started and not self._quit.is_set():
+                before = self._phase
+                self._changed.wait(SETTLE_S)
+            if self._started:
+                self._changed.wait(HEAD_START_S)
+            return self._phase in AFTER_LISTEN
 
     def _load_rest(self) -> bool:
         """Read until the end: True; False when the connection was lost and can be recovered."""
@@ -540,7 +546,8 @@ class PostcopyDestination:
         if self._preempt_thread is not None:
             self._preempt_thread.join()
         self._fault_quit.set()
-        self._threads[0].join()
+        assert self._fault_thread is not None
+        self._fault_thread.join()
         self._memory.unregister()
         self._phase = Phase.END
 
@@ -556,10 +563,11 @@ class PostcopyDestination:
             with self._changed:
                 self._preempt_channel = channel
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._memory is not None or self._quit.is_set())
-                memory = self._memory
-            if memory is not None:
-                PageReceiver(InputStream(channel), memory).load_channel()
+            stream = InputStream(channel)
+            stream.peek(1)  # nobody has to wake this thread before there is something to do
+            self._listening.wait()
+            if self._memory is not None and not self._quit.is_set():
+                PageReceiver(stream, self._memory).load_channel()
         except MigrationCancelled:
             pass
         except (ChannelError, StreamError, MachineError) as error:

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 
+from ..ram.bitmap cimport Bitmap
 from ..ram.dirty cimport DirtyPages
 from ..ram.search cimport Walk
 from ..wire.stream cimport OutputStream
@@ -49,6 +50,7 @@ cdef class PageServer:
     cdef ServedBlock *blocks
     cdef list names
     cdef list queued
+    cdef list discarded               # Bitmap of each block: what the destination was told to discard; empty: nothing yet
     cdef list clean                   # Bitmap of each block: what was dirty at the switch
     cdef readonly int wake_fd         # an eventfd: readable while requests wait
     cdef pthread_mutex_t lock
@@ -78,4 +80,5 @@ cdef class PageServer:
     cdef int find_address(self, uint64_t address) noexcept nogil
     cdef void count(self, uint64_t zeroes, uint64_t normals) noexcept nogil
     cdef int serve_some(self, uint64_t byte_limit, uint64_t page_limit) noexcept nogil
-    cdef int put_discard(self, int block) noexcept nogil
+    cdef Bitmap not_discarded(self, int block)
+    cdef int put_discard(self, int block, const uint64_t *news) noexcept nogil

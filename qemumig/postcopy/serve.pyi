@@ -40,7 +40,7 @@ class PageServer:
         By the urgent channel they leave at once; on the main channel they are what the next `serve` begins with.
         """
     def put_discards(self) -> None:
-        """Tell the destination of everything that is dirty, block by block, on the main channel."""
+        """Tell the destination of all that is dirty, block by block, on the main channel; but of each page only once."""
     def note_clean(self) -> None:
         """Remember what the destination has already: it is given back by `begin_release`."""
     def begin_release(self) -> None:

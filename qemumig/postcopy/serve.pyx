@@ -79,6 +79,7 @@ cdef class PageServer:
         self.dirty = dirty
         self.jump.block = -1
         self.queued = []
+        self.discarded = []
         self.clean = []
         self.names = [bytes([len(b.idstr.encode())]) + b.idstr.encode() for b in dirty.blocks]
         self.blocks = <ServedBlock *> calloc(max(dirty.block_count, 1), sizeof(ServedBlock))
@@ -449,33 +450,46 @@ cdef class PageServer:
             eventfd_write(self.wake_fd, 1)
 
     def put_discards(self) -> None:
-        """Tell the destination of everything that is dirty, block by block, on the main channel."""
-        cdef int index, status = STREAM_OK
-        with nogil:
-            for index in range(self.dirty.block_count):
-                status = self.put_discard(index)
-                if status != STREAM_OK:
-                    break
-        self.main.out.raise_on(status)
+        """Tell the destination of what is dirty, block by block, on the main channel; see serve.pyi."""
+        cdef int index, status
+        cdef Bitmap news
+        if not self.discarded:
+            self.discarded = [Bitmap(self.dirty.table[index].pages) for index in range(self.dirty.block_count)]
+        for index in range(self.dirty.block_count):
+            news = self.not_discarded(index)
+            with nogil:
+                status = self.put_discard(index, news.words)
+            self.main.out.raise_on(status)
 
-    cdef int put_discard(self, int block) noexcept nogil:
+    cdef Bitmap not_discarded(self, int block):
+        """What of a block is dirty and was not told before; from now on it was."""
+        cdef PageBlock *entry = &self.dirty.table[block]
+        cdef Bitmap told = self.discarded[block], news = Bitmap(entry.pages)
+        cdef uint64_t word
+        for word in range((entry.pages + 63) // 64):
+            news.words[word] = entry.dirty[word] & ~told.words[word]
+            told.words[word] |= entry.dirty[word]
+        return news
+
+    cdef int put_discard(self, int block, const uint64_t *news) noexcept nogil:
+        """Commands with the pages of a block that are set in *news*."""
         cdef uint8_t message[5 + 1 + 256 + 1 + 16 * DISCARD_RANGES]
         cdef PageBlock *entry = &self.dirty.table[block]
         cdef size_t name_length = self.blocks[block].name_length
         cdef size_t start = 5 + 1 + name_length + 1, length
         cdef uint64_t page, end
         cdef int ranges, status
-        page = find_next_set(entry.dirty, 0, entry.pages)
+        page = find_next_set(news, 0, entry.pages)
         while page < entry.pages:
             ranges = 0
             while page < entry.pages and ranges < DISCARD_RANGES:
                 end = page + 1
-                while end < entry.pages and test_bit(entry.dirty, end):
+                while end < entry.pages and test_bit(news, end):
                     end += 1
                 put_be64(message + start + 16 * ranges, page * TARGET_PAGE_SIZE)
                 put_be64(message + start + 16 * ranges + 8, (end - page) * TARGET_PAGE_SIZE)
                 ranges += 1
-                page = find_next_set(entry.dirty, end, entry.pages)
+                page = find_next_set(news, end, entry.pages)
             length = start + 16 * ranges
             message[0] = QEMU_VM_COMMAND
             message[1] = 0

@@ -59,6 +59,10 @@ class OpenReturnPath(Command):
     type = MigCommand.MIG_CMD_OPEN_RETURN_PATH
 
 
+PING_DRAINED = 0x41
+"""The value of a Ping by which a source asks whether all is there that is under way, before it stops its guest."""
+
+
 @dataclass(frozen=True)
 class Ping(Command):
     """To be answered by a Pong of the same value."""

@@ -1,9 +1,9 @@
 """The source's postcopy: hand the guest over early, then serve what it asks for (postcopy.md §2, §7, §8).
 
-    rounds ─▶ stop the guest ─▶ what is dirty is discarded there ─▶ ▌package: devices, RUN▐ ─▶ pages, as they are wanted
-                                                                   ▲                     │
-                         a cancel or an error before: the guest runs here again          │ the connection breaks
-                                                                                         ▼
+    rounds ─▶ what is dirty is discarded there ─▶ stop the guest ─▶ ▌package: devices, RUN▐ ─▶ pages, as they are wanted
+                                                   what is new, too ▲                     │
+                          a cancel or an error before: the guest runs here again          │ the connection breaks
+                                                                                          ▼
                   ◀── RESUME ◀── what has arrived there ◀── connect anew ◀── `migrate resume` ◀── paused
 
 Who has the guest.  The last ping of the package is answered when the destination has put device state into effect; then
@@ -34,6 +34,7 @@ from ..postcopy.serve import PageServer
 from ..qapi import MigrationStatus, RunState
 from ..ram.live_multifd import MultifdRamSource
 from ..savevm import commands
+from ..savevm.rehearsal import rehearse
 from ..states import IN_POSTCOPY
 from ..wire.format import TARGET_PAGE_SIZE, RamSaveFlag, SectionType
 from ..wire.stream import InputStream, OutputStream
@@ -41,8 +42,8 @@ from .attempt import LAST_WORD_S, PING_OPENED, Attempt
 from .return_path import ReturnPath, Verdict
 from .writer import StreamWriter
 
-PING_DISCARDED, PING_LOADED, PING_SWITCHED = 2, 3, 4  # as QEMU numbers them
-PING_DRAINED, PING_TAKEN = 0x41, 0x42
+PING_DISCARDED, PING_SWITCHED = 2, 4  # as QEMU numbers them; its 3, in the package, asks for what PING_TAKEN does
+PING_TAKEN = 0x42
 PART_S = 0.05
 SETTLE_S, LOOK_S = 0.05, 0.001  # how long the destination is left alone with device state; how often it is asked
 HEAD_START_S = 0.004  # then how long the guest has the processors before pages that nobody waits for are sent
@@ -200,9 +201,10 @@ class PostcopyAttempt(Attempt):
         self._await_pong(PING_OPENED)  # the destination is there: what connects next is not taken for the main one
         self._connect_urgent()
         self._sync_channels()
-        self._drain()
         with self._standstill as standstill:
             standstill.enter_context(self._standing_still())
+            self._discard_early()
+            self._drain()
             self._stop_guest()
             self._enter_device()
             self._hand_over()
@@ -213,11 +215,26 @@ class PostcopyAttempt(Attempt):
         if not self._return_path.wait_pong(value):
             raise self._return_path.error or ChannelError("the return path ended before the switch to postcopy")
 
+    def _discard_early(self) -> None:
+        """Tell the destination what it is to forget while the guest still runs: after the stop comes only what is new."""
+        assert self.writer is not None and self.ram is not None
+        self._sync()
+        self.server = PageServer(self.ram.dirty)
+        self.server.connect(self.writer.out, self._urgent)
+        self._discard()
+
+    def _discard(self) -> None:
+        """Tell the destination to forget all that is dirty, and was not when it was told before."""
+        assert self.server is not None
+        self.server.make_uniform()
+        self.server.put_discards()
+
     def _drain(self) -> None:
         """Until the destination has loaded all that is under way: the guest runs meanwhile, and would else wait for it."""
         assert self.writer is not None
-        self.writer.command(commands.Ping(PING_DRAINED))
-        self._await_pong(PING_DRAINED)
+        self.writer.command(commands.Ping(commands.PING_DRAINED))
+        rehearse(self.machine.sections(), times=1)
+        self._await_pong(commands.PING_DRAINED)
 
     def _sync_channels(self) -> None:
         """Whatever went by channels of multifd is in memory there before anything of it is discarded (postcopy.md §10)."""
@@ -230,19 +247,16 @@ class PostcopyAttempt(Attempt):
     # ---- the switch ----
 
     def _hand_over(self) -> None:
-        assert self.writer is not None and self.ram is not None and self._return_path is not None
+        assert self.writer is not None and self.server is not None and self._return_path is not None
         trace.postcopy_start()
         if self.options.migration_property("send-switchover-start"):
-            self.writer.command(commands.SwitchoverStart())
+            self.writer.out.write(commands.encode_command(commands.SwitchoverStart()))
         self._sync()
-        self.server = PageServer(self.ram.dirty)
-        self.server.connect(self.writer.out, self._urgent)
-        self.server.make_uniform()
         trace.ram_postcopy_send_discard_bitmap()
-        self.server.put_discards()
+        self._discard()
         if self.options.capability("release-ram"):
             self.server.note_clean()
-        self.writer.command(commands.Ping(PING_DISCARDED))
+        self.writer.out.write(commands.encode_command(commands.Ping(PING_DISCARDED)))
         package = self._package()
         self._return_path.talk = self
         self._move(MigrationStatus.DEVICE, MigrationStatus.POSTCOPY_DEVICE)
@@ -264,16 +278,15 @@ class PostcopyAttempt(Attempt):
 
     def _package(self) -> bytes:
         """LISTEN, device state, and RUN, as one."""
-        pings = commands.encode_command(commands.Ping(PING_LOADED)) + commands.encode_command(commands.Ping(PING_TAKEN))
+        ping = commands.encode_command(commands.Ping(PING_TAKEN))
         assert self.writer is not None and self._noted_runstate is not None
         devices = b"".join(data for _, data, _ in self.writer.encode_devices(self.machine, self._noted_runstate))
         listen, run = commands.PostcopyListen(), commands.PostcopyRun()
-        return commands.encode_command(listen) + devices + pings + commands.encode_command(run)
+        return commands.encode_command(listen) + devices + ping + commands.encode_command(run)
 
     def _send_package(self, package: bytes) -> None:
         """From the last byte on the guest may be there; before it, nobody acts on any of it."""
         assert self.writer is not None
-        self.writer.out.flush()
         trace.savevm_send_postcopy_listen()
         trace.savevm_send_postcopy_run()
         try:
@@ -283,8 +296,8 @@ class PostcopyAttempt(Attempt):
             if self.writer.out.pending_bytes():
                 with self._lock:
                     self._committed = False
-            raise
-        self.writer.command(commands.Ping(PING_SWITCHED))
+                raise
+            # else the destination has all of it: what is wrong will be seen where the connection is used next
 
     # ---- pages ----
 
@@ -304,6 +317,8 @@ class PostcopyAttempt(Attempt):
         assert self.writer is not None and self.server is not None
         if (channel := self._channel) is not None:
             channel.keep_short()
+        if not self._is_recovered:
+            self.writer.command(commands.Ping(PING_SWITCHED))
         self._let_settle()
         self.pacer.restart(self.writer.out.offset, self.server.normal_pages)
         done = False

@@ -14,6 +14,7 @@ from kvm.block import RawImage
 from kvm.boot import FirmwareError
 from kvm.config import Chipset, DiskConfig
 from kvm.cpuid import CpuModelError
+from kvm.machine import MicroVM
 from kvm.machine_types import find_machine
 from kvm.memory import HostMemory
 from kvm.runstates import NEXT
@@ -24,6 +25,7 @@ from qemumig.savevm.rehearsal import rehearse
 from tests.support import guest
 from tests.support.guest import Letters
 
+from .test_memory import resident
 from .workshop import MIB, PAGE, Workshop, all_ticked, clock_of, running_guest, wait_for_all
 
 pytestmark = [pytest.mark.needs("kvm"), pytest.mark.usefixtures("no_leaks")]
@@ -93,6 +95,28 @@ def test_the_devices_of_every_machine_can_be_rehearsed(workshop: Workshop, kind:
             },
         }[kind]
         rehearse(workshop.machine(incoming=True, **config).sections())
+
+
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_a_load_that_was_rehearsed_leaves_nothing_behind(workshop: Workshop, cpus: int) -> None:
+    machine = workshop.machine(incoming=True, cpus=cpus)
+    machine.rehearse_load()
+    before = without_time(machine)
+    machine.rehearse_load()
+    assert without_time(machine) == before and before
+    assert all(block.fresh for block in machine.ram_blocks)
+    assert resident(machine.ram_blocks[0]) == 0
+
+
+def without_time(machine: MicroVM) -> list[tuple[str, Any]]:
+    """Device state, but for what changes all the time."""
+    return [(one.idstr, record) for one, record in machine.save_device_state() if one.idstr not in ("timer", "kvmclock")]
+
+
+def test_only_a_machine_that_stands_can_rehearse_a_load(workshop: Workshop) -> None:
+    machine, _ = running_guest(workshop)
+    with pytest.raises(StateError, match="must be stopped to be loaded"):
+        machine.rehearse_load()
 
 
 def test_ram_above_3_gib_is_at_4_gib(workshop: Workshop) -> None:

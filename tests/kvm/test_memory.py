@@ -10,6 +10,7 @@ import pytest
 from kvm import KvmError
 from kvm.errors import BackingError
 from kvm.memory import AddressSpace, HostMemory
+from qemumig.ram.block import RAMBlock
 
 MIB = 1 << 20
 
@@ -23,7 +24,7 @@ def smaps_flags(address: int) -> set[str]:
     raise AssertionError(f"no mapping starts at {address:#x}")
 
 
-def resident(memory: HostMemory) -> int:
+def resident(memory: HostMemory | RAMBlock) -> int:
     """Bytes of the mapping that are in memory now."""
     with open("/proc/self/smaps") as lines:
         for line in lines:

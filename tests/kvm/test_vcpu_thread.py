@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvm.vcpu import (
+    INTERRUPTED,
     HaltExit,
     IoExit,
 )
@@ -54,6 +55,19 @@ def test_thread_starts_parked_and_runs_when_resumed() -> None:
         assert program.vcpu.get_regs().rip == CODE
         thread.resume()
         assert recorder.seen.wait(WAIT)
+        thread.stop()
+
+
+def test_kvm_has_made_its_first_run_before_anybody_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    with Program(OUT_FOREVER) as program:
+        runs: list[object] = []
+        run_once = program.vcpu.run_once
+        monkeypatch.setattr(program.vcpu, "run_once", lambda: runs.append(run_once()) or runs[-1])
+        thread = VcpuThread(program.vcpu, recorder.handle_exit)
+        thread.start()
+        assert runs == [INTERRUPTED] and recorder.exits == []
+        assert program.vcpu.get_regs().rip == CODE
         thread.stop()
 
 

@@ -171,6 +171,7 @@ class FakeMachine:
         self.migration_blockers: list[str] = []
         self.refuses = ""  # why it takes no device state
         self.loads = 0
+        self.rehearsals = 0
         self.throttled: list[int] = []  # every percentage that was asked for
         self.touched_first: list[tuple[RAMBlock, int]] = []
         self.guest = FakeGuest(self) if guest else None
@@ -235,6 +236,10 @@ class FakeMachine:
     def first_touched(self) -> Sequence[tuple[RAMBlock, int]]:
         self._require_stopped("say where it goes on")
         return self.touched_first
+
+    def rehearse_load(self) -> None:
+        self._require_stopped("rehearse")
+        self.rehearsals += 1
 
     def load_device_state(self, loaded: Sequence[tuple[DeviceSection, Any]]) -> None:
         self._require_stopped("load the device state")

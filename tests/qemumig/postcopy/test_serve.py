@@ -154,6 +154,38 @@ def test_discards_name_all_that_is_dirty_twelve_ranges_at_a_time() -> None:
         assert len(data) == 2 * len(head) + 16 * 16
 
 
+def test_what_was_told_is_not_told_again() -> None:
+    with channel_pair() as (main, far), channel_pair() as (back, _):
+        source = Source(main, back)
+        bitmap = source.server.dirty.bitmaps[0]
+        for page in (*range(5), 20, 21):
+            bitmap.clear(page)
+        source.server.make_uniform()
+        source.server.put_discards()
+        for page in (2, 3, 7, 21):  # the guest has written to them; 7 is not new
+            bitmap.set(page)
+        source.server.make_uniform()
+        source.server.put_discards()
+        source.server.put_discards()
+        source.server.main.out.flush()
+        assert discards_in(drain(far)) == [[(5, 15), (22, 10)], [(2, 2), (21, 1)]]
+        assert source.server.serve(1 << 30, 1 << 20)
+        source.server.main.out.flush()
+        assert sorted(pages_in(drain(far))) == [2, 3, *range(5, 20), *range(21, PAGES)]
+
+
+def discards_in(data: bytes) -> list[list[tuple[int, int]]]:
+    """The ranges of each command, in pages."""
+    found = []
+    while data:
+        _, command, length = struct.unpack(">BHH", data[:5])
+        assert command == 6
+        numbers = struct.unpack(f">{(length - 6) // 8}Q", data[11 : 5 + length])
+        found.append([(start // PAGE, size // PAGE) for start, size in zip(numbers[::2], numbers[1::2], strict=True)])
+        data = data[5 + length :]
+    return found
+
+
 def test_what_arrived_need_not_go_again_and_what_was_never_sent_cannot_have_arrived() -> None:
     with channel_pair() as (main, far), channel_pair() as (back, _):
         source = Source(main, back)
