@@ -17,6 +17,7 @@ import struct
 import sys
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 from qemumig.cli.guest import ALL_CHECKS, FILL_RANDOM
@@ -92,10 +93,16 @@ def cut_one(stage: Stage, chance: random.Random, source: Vmm, destination: Vmm) 
         budget = chance.randrange(1, chance.choice(REACHES)) if cuts < CUTS_A_GUEST else UNLIMITED
         relay = Relay(int(where["port"]), budget)
         source.command("migrate", uri=f"tcp:127.0.0.1:{relay.port}", resume=True)
+        wait_until(partial(has_gone_on, source, relay), "the source to go on")
     wait_status(destination, "completed")
     relay.close()
     stage.assert_guest_is_well(destination)
     return cuts
+
+
+def has_gone_on(source: Vmm, relay: Relay) -> bool:
+    """Whether *source* is paused no longer, or again: a QEMU says for a moment that it is while it begins."""
+    return relay.budget < 0 or source.command("query-migrate")["status"] != "postcopy-paused"
 
 
 def run(wanted: int, source_system: str, destination_system: str, seed: int, *, multifd: bool) -> None:
