@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qemumig.errors import MachineError
@@ -73,16 +73,17 @@ class _SlotLog:
         if start >= end:
             return
         whole_end = end % WORD_PAGES == 0 or end == self.page_count
+        first, last = start // WORD_PAGES, (end + WORD_PAGES - 1) // WORD_PAGES
+        if not any(self._reported[first:last]):
+            return
         if start % WORD_PAGES == 0 and whole_end:
-            first, last = start // WORD_PAGES, (end + WORD_PAGES - 1) // WORD_PAGES
             self._log.clear(self.slot, self._reported[first:last], start, end - start)
             self._reported[first:last] = self._zeroes[first:last]
         else:
-            self._clear_within_words(start, end)
+            self._clear_within_words(start, end, first, last)
 
-    def _clear_within_words(self, start: int, end: int) -> None:
+    def _clear_within_words(self, start: int, end: int, first: int, last: int) -> None:
         """The same for a range that starts or ends inside a word: its neighbours' bits stay as they are."""
-        first, last = start // WORD_PAGES, (end + WORD_PAGES - 1) // WORD_PAGES
         words = array("Q", self._reported[first:last])
         words[0] &= _ALL << start % WORD_PAGES & _ALL
         words[-1] &= _ALL >> -end % WORD_PAGES
@@ -93,11 +94,12 @@ class _SlotLog:
 
 
 class MachineDirtyLog:
-    """Fulfils qemumig.machine.DirtyLog; *slots* show all of the machine's RAM."""
+    """Fulfils qemumig.machine.DirtyLog; *slots* show all of the machine's RAM, whose guest *is_running* or not."""
 
-    def __init__(self, log: DirtyLog, slots: Sequence[LoggedSlot]) -> None:
+    def __init__(self, log: DirtyLog, slots: Sequence[LoggedSlot], is_running: Callable[[], bool]) -> None:
         self.manual_clear = log.manual
         self._log = log
+        self._is_running = is_running
         # Touched by the thread that logs only.
         self._slots: dict[str, list[_SlotLog]] = {}
         for slot in slots:
@@ -116,7 +118,7 @@ class MachineDirtyLog:
         for slot in self._all_slots():
             slot.forget()
         try:
-            self._log.start(*self._numbers())
+            self._log.start(*self._numbers(), at_once=not self._is_running())
         except KvmError as error:
             self.stop()
             raise MachineError(f"dirty logging cannot start: {error}") from error

@@ -9,7 +9,8 @@ Out   a bitmap in the caller's own words: bit k of word w is page 64 w + k of th
 
 In manual mode a page must be cleared *before* its bytes are read: a write in between makes it dirty anew.
 Where the kernel offers it, `start` then sets the whole bitmap (`initially_set`) instead of write-protecting all
-of the guest at once; the first clear of a page protects it.
+of the guest at once, so that a guest that runs does not have to wait for that; the first clear of a page protects it.
+With nobody to wait, `at_once` saves the clears.
 
 Threads   The guest may run; calls for one slot come from one thread at a time.
 """
@@ -49,8 +50,11 @@ class DirtyLog:
         if self.manual:
             vm.enable_cap(Cap.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
 
-    def start(self, *slots: int) -> None:
-        """Log writes to *slots*; those that are logged already go on."""
+    def start(self, *slots: int, at_once: bool = False) -> None:
+        """Log writes to *slots*; those that are logged already go on.  *at_once*: protect all of their pages now."""
+        if self.initially_set:
+            flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | (0 if at_once else KVM_DIRTY_LOG_INITIALLY_SET)
+            self.vm.enable_cap(Cap.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
         for slot in slots:
             flags = self.vm.slot(slot, ioctls.KVM_SET_USER_MEMORY_REGION).flags
             self.vm.set_slot_flags(slot, flags | KVM_MEM_LOG_DIRTY_PAGES)

@@ -162,7 +162,9 @@ class MicroVM:
     def _log_ram(self, log: DirtyLog) -> None:
         """Guest memory and the board's blobs are RAM, and every write of ours to them is seen."""
         self.ram_blocks = self._memory.blocks
-        self.dirty_log: MachineDirtyLog | LogWithBlobs = MachineDirtyLog(log, self._memory.logged_slots)
+        self.dirty_log: MachineDirtyLog | LogWithBlobs = MachineDirtyLog(
+            log, self._memory.logged_slots, lambda: self.running
+        )
         blobs = self._board.blobs
         if blobs is not None:
             self.ram_blocks = sorted((*self._memory.blocks, *blobs.blocks), key=lambda block: -block.max_length)

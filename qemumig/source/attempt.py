@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from .. import trace
 from ..channels.channel import Channel, QuitEvent, wait_any
@@ -409,15 +410,19 @@ class Attempt:
         self.writer.end_section()
         trace.vmstate_downtime_checkpoint("src-iterable-saved")
 
-    def _commit(self, last: bytes) -> None:
-        """The last write: nothing of it may leave before everything else has, nor after a cancel."""
+    def _commit(self, described: list[Any]) -> None:
+        """The last write: nothing of it may leave before everything else has, nor after a cancel.
+
+        It is put together while the destination loads what came before; *described*: the devices in that.
+        """
         assert self.writer is not None and self._channel is not None
-        self.writer.out.flush()
         if self._return_path is not None:
-            self.writer.command(commands.Ping(PING_ALL_LOADED))
-            if not self._return_path.wait_pong(PING_ALL_LOADED):
-                text = "the return path ended before the destination had loaded the guest"
-                raise self._return_path.error or ChannelError(text, channel=self._channel.name)
+            self.writer.out.write(commands.encode_command(commands.Ping(PING_ALL_LOADED)))
+        self.writer.out.flush()
+        last = self.writer.last_words(described)
+        if self._return_path is not None and not self._return_path.wait_pong(PING_ALL_LOADED):
+            text = "the return path ended before the destination had loaded the guest"
+            raise self._return_path.error or ChannelError(text, channel=self._channel.name)
         with self._lock:
             if self._cancelled:
                 raise MigrationCancelled("the migration was cancelled")

@@ -69,15 +69,15 @@ class StreamWriter:
 
     # ---- devices ----
 
-    def write_devices(self, machine: Machine, noted: RunState) -> bytes:
-        """Write every device section of *machine*, which was in run state *noted*; returns the last words."""
+    def write_devices(self, machine: Machine, noted: RunState) -> list[Any]:
+        """Write every device section of *machine*, which was in run state *noted*; their descriptions, for `last_words`."""
         described = []
         for section_id, data, description in self.encode_devices(machine, noted):
             self.out.write(data)
             trace.savevm_section_end(section_id, self.out.offset)
             described.append(description)
         trace.vmstate_downtime_checkpoint("src-non-iterable-saved")
-        return self.last_words(described)
+        return described
 
     def devices_in_one_piece(self, machine: Machine, noted: RunState) -> bytes:
         """All that follows memory, not written yet."""

@@ -19,11 +19,14 @@ class SlotLogs:
 
     def __init__(self, *, manual: bool = True) -> None:
         self.manual = manual
+        self.running = True
+        self.at_once: list[bool] = []
         self.logged: set[int] = set()
         self.dirty: dict[int, set[int]] = {}
         self.fails: set[str] = set()
 
-    def start(self, *slots: int) -> None:
+    def start(self, *slots: int, at_once: bool = False) -> None:
+        self.at_once.append(at_once)
         for slot in slots:
             self._maybe_fail("start")
             self.logged.add(slot)
@@ -74,7 +77,7 @@ def slots(request: pytest.FixtureRequest) -> SlotLogs:
 
 @pytest.fixture
 def log(slots: SlotLogs) -> Iterator[MachineDirtyLog]:
-    log = MachineDirtyLog(slots, SLOTS)  # type: ignore[arg-type]
+    log = MachineDirtyLog(slots, SLOTS, lambda: slots.running)  # type: ignore[arg-type]
     log.start()
     yield log
     slots.fails.clear()
@@ -159,7 +162,7 @@ def test_clearing_stays_within_its_range(log: MachineDirtyLog, slots: SlotLogs) 
 def test_random_writes_and_clears_agree_with_sets() -> None:
     generator = random.Random(20)
     slots = SlotLogs()
-    log = MachineDirtyLog(slots, SLOTS)  # type: ignore[arg-type]
+    log = MachineDirtyLog(slots, SLOTS, lambda: slots.running)  # type: ignore[arg-type]
     log.start()
     dirty: dict[str, set[int]] = {"microvm.ram": set(), "pc.bios": set()}
     for _ in range(400):
@@ -185,7 +188,7 @@ def test_our_own_writes_are_reported_once(log: MachineDirtyLog) -> None:
 
 
 def test_marks_count_only_while_logging(slots: SlotLogs) -> None:
-    log = MachineDirtyLog(slots, SLOTS)  # type: ignore[arg-type]
+    log = MachineDirtyLog(slots, SLOTS, lambda: slots.running)  # type: ignore[arg-type]
     log.mark(RAM, 0, PAGE)
     log.start()
     assert fetched(log, RAM) == set()
@@ -204,6 +207,8 @@ def test_a_clear_outside_of_the_block_is_refused(log: MachineDirtyLog, first: in
 
 
 def test_a_refusal_by_kvm_names_the_block(log: MachineDirtyLog, slots: SlotLogs) -> None:
+    slots.write(0, 7)
+    assert fetched(log, RAM) == {7}
     slots.fails |= {"fetch", "clear"}
     with pytest.raises(MachineError, match=r"'pc.bios'.*KVM_fetch"):
         fetched(log, BIOS)
@@ -212,8 +217,27 @@ def test_a_refusal_by_kvm_names_the_block(log: MachineDirtyLog, slots: SlotLogs)
             log.clear(RAM, 0, 64)
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_all_is_protected_at_once_where_no_guest_has_to_wait_for_it(slots: SlotLogs, running: bool) -> None:
+    slots.running = running
+    log = MachineDirtyLog(slots, SLOTS, lambda: slots.running)  # type: ignore[arg-type]
+    log.start()
+    assert slots.at_once == [not running]
+
+
+def test_what_was_not_reported_costs_no_call(log: MachineDirtyLog, slots: SlotLogs) -> None:
+    slots.write(2, 70)
+    assert fetched(log, RAM) == {256 + 70}
+    slots.fails.add("clear")
+    log.clear(RAM, 0, 256)
+    log.clear(RAM, 384, 128)
+    if log.manual_clear:
+        with pytest.raises(MachineError):
+            log.clear(RAM, 256, 128)
+
+
 def test_a_start_that_fails_leaves_no_slot_logged(slots: SlotLogs) -> None:
-    log = MachineDirtyLog(slots, SLOTS)  # type: ignore[arg-type]
+    log = MachineDirtyLog(slots, SLOTS, lambda: slots.running)  # type: ignore[arg-type]
     slots.fails.add("start")
     with pytest.raises(MachineError, match="KVM_start"):
         log.start()

@@ -108,6 +108,18 @@ def test_manual_log_starts_with_every_page_where_the_kernel_says_so(program: Pro
     assert fetch(log) == (set(range(PAGES)) if log.initially_set else set())
 
 
+def test_a_log_that_protects_at_once_starts_with_no_page_and_misses_none(program: Program) -> None:
+    """It is the caller's choice at each start."""
+    log = DirtyLog(program.vm)
+    for at_once in (True, False, True):
+        log.start(0, at_once=at_once)
+        assert fetch(log) == (set(range(PAGES)) if log.initially_set and not at_once else set())
+        if at_once:
+            run_to_exit(program)
+            assert fetch(log) in (FIRST, SECOND)
+        log.stop(0)
+
+
 def test_manual_fetch_repeats_until_the_page_is_cleared(manual: DirtyLog, program: Program) -> None:
     assert fetch(manual) == set()
     run_to_exit(program)
