@@ -149,7 +149,22 @@ cdef class RamLoader:
             return LOAD_BAD_FILL
         self.landing.clear_page(block, page)
         self.zero_pages += 1
+        self.load_zero_run(block, page + 1)
         return LOAD_EOS
+
+    cdef void load_zero_run(self, LoadBlock *block, uint64_t page) noexcept nogil:
+        """Take what is in the buffer already of a run of zero pages that goes on with *page*: most of them have neighbours."""
+        cdef const uint8_t *record = self.stream.buffer + self.stream.position
+        cdef const uint8_t *end = self.stream.buffer + self.stream.end
+        cdef uint64_t first = page
+        while end - record > HEAD and page < block.pages and record[HEAD] == 0:
+            if get_be64(record) != page * TARGET_PAGE_SIZE | RAM_SAVE_FLAG_ZERO | RAM_SAVE_FLAG_CONTINUE:
+                break
+            self.landing.clear_page(block, page)
+            record += HEAD + 1
+            page += 1
+        self.zero_pages += page - first
+        self.stream.position += (page - first) * (HEAD + 1)
 
     cdef int load_page(self, LoadBlock *block, uint64_t page) noexcept nogil:
         cdef uint8_t *target = block.host + page * TARGET_PAGE_SIZE

@@ -31,6 +31,7 @@ cdef class PageSender:
     cdef uint64_t page_number(self) noexcept nogil
     cdef int send_page(self) noexcept nogil
     cdef int send_zero(self) noexcept nogil
+    cdef uint64_t send_absent(self, uint64_t limit) noexcept nogil
     cdef int send_whole(self, const uint8_t *page) noexcept nogil
     cdef int send_compressed(self, const uint8_t *page) noexcept nogil
     cdef int send_encoded(self, const uint8_t *page) noexcept nogil

@@ -44,6 +44,10 @@ cdef class MultifdPageSender(PageSender):
     cdef uint64_t sent_bytes(self) noexcept nogil:
         return self.out.offset + self.queued_bytes
 
+    cdef uint64_t send_absent(self, uint64_t limit) noexcept nogil:
+        """None in one piece: the channels are told of each."""
+        return 0
+
     cdef int send_page(self) noexcept nogil:
         """Put the page at the walk's position, whose dirty bit is clear already, on its way."""
         cdef const uint8_t *page = self.dirty.table[self.walk.block].host + self.walk.page * TARGET_PAGE_SIZE
