@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import threading
 import zlib
@@ -15,6 +16,7 @@ from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
 from qemumig.ram.save import PageSender
 from qemumig.wire.stream import InputStream, OutputStream
+from tests.qemumig.postcopy.test_serve import drain
 from tests.support.memory import Memory, QuietLog, channel_pair
 
 PAGE = 4096
@@ -272,6 +274,36 @@ def test_each_chunk_is_protected_once_after_a_sync_and_just_before_its_first_pag
         right.shutdown()
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 5000])
+def test_memory_that_nobody_has_touched_is_told_page_by_page_whatever_the_limit(at_once: int) -> None:
+    """Pages go in runs where they do not exist: what leaves is what a walk of single pages would say."""
+    source = Memory("ram", 3000 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, anonymous=True)
+    touched = {0, 300, 511, 512, 1999, 2999}
+    for page in touched:
+        source.write(page * PAGE, bytes([page % 255 + 1]) * PAGE)
+    clean = {5, *range(700, 760), 2048}
+    with channel_pair() as (left, right):
+        dirty = DirtyPages([source.block], QuietLog())
+        for page in clean:
+            dirty.bitmaps[0].clear(page)
+        dirty.sync()
+        out = OutputStream(left)
+        sender = PageSender(dirty, out)
+        done, data = False, b""
+        while not done:
+            before = sender.handled_pages
+            done = sender.send(1 << 30, at_once)
+            assert sender.handled_pages - before <= at_once
+            out.flush()
+            data += drain(right)
+    expected = [head(0, FULL_PAGE, b"ram") + source.read(0, PAGE)]
+    for page in (page for page in range(1, 3000) if page not in clean):
+        kind, contents = (FULL_PAGE, source.read(page * PAGE, PAGE)) if page in touched else (ZERO, b"\0")
+        expected.append(head(page * PAGE, kind | CONTINUE) + contents)
+    assert data == b"".join(expected)
+    assert (sender.zero_pages, sender.normal_pages) == (3000 - len(clean) - 6, 6) and dirty.remaining == 0
+
+
 def head(offset: int, flags: int, name: bytes | None = None) -> bytes:
     counted = b"" if name is None else bytes([len(name)]) + name
     return (offset | flags).to_bytes(8, "big") + counted
@@ -308,6 +340,12 @@ def compressed(data: bytes, behind: bytes = b"", cut: int = 0) -> bytes:
     return head(0, 0x100, b"ram") + len(stream).to_bytes(4, "big") + stream
 
 
+def zero_run(count: int) -> bytes:
+    """The first *count* pages are zero."""
+    rest = (head(page * PAGE, ZERO | CONTINUE) + b"\0" for page in range(1, count))
+    return head(0, ZERO, b"ram") + b"\0" + b"".join(rest)
+
+
 LENGTH = 64 * PAGE
 LIES = [
     ("continue first", head(0, ZERO | CONTINUE) + b"\0", "continues a block, expected a name"),
@@ -316,6 +354,8 @@ LIES = [
     ("offset at the end", head(LENGTH, ZERO, b"ram") + b"\0", "offset 0x40000 in block 'ram', expected one below 0x40000"),
     ("offset far out", head((1 << 64) - PAGE, FULL_PAGE, b"ram") + bytes(PAGE), "offset 0xfffffffffffff000"),
     ("fill byte", head(0, ZERO, b"ram") + b"\x55", "fill byte 0x55 of a zero page, expected 0"),
+    ("fill byte in a run", zero_run(9)[:-1] + b"\x55", "fill byte 0x55 of a zero page at offset 0x8000"),
+    ("run past the end", zero_run(65), "offset 0x40000 in block 'ram', expected one below 0x40000"),
     ("two kinds at once", head(0, ZERO | FULL_PAGE, b"ram"), "has flags 0xa"),
     ("no flag", head(PAGE, 0), "has flags 0x0"),
     ("obsolete", head(0, 1), "has flags 0x1"),
