@@ -354,7 +354,7 @@ LIES = [
     ("offset at the end", head(LENGTH, ZERO, b"ram") + b"\0", "offset 0x40000 in block 'ram', expected one below 0x40000"),
     ("offset far out", head((1 << 64) - PAGE, FULL_PAGE, b"ram") + bytes(PAGE), "offset 0xfffffffffffff000"),
     ("fill byte", head(0, ZERO, b"ram") + b"\x55", "fill byte 0x55 of a zero page, expected 0"),
-    ("fill byte in a run", zero_run(9)[:-1] + b"\x55", "fill byte 0x55 of a zero page at offset 0x8000"),
+    ("fill byte in a run", zero_run(9)[:-1] + b"\x55", "record at offset 0x1058: fill byte 0x55"),
     ("run past the end", zero_run(65), "offset 0x40000 in block 'ram', expected one below 0x40000"),
     ("two kinds at once", head(0, ZERO | FULL_PAGE, b"ram"), "has flags 0xa"),
     ("no flag", head(PAGE, 0), "has flags 0x0"),
