@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import mmap
+import random
+import select
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -172,6 +175,41 @@ def test_no_page_waits_for_bytes_to_come() -> None:
         link.far._socket.sendall(struct.pack(">Q", EOS)[4:])
         receiver.join()
         assert pages_of(link.memory, 0, 2) == b"ab"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_way_the_bytes_come_each_page_is_what_was_sent_first(seed: int) -> None:
+    """Runs, jumps, zeroes, names, repetitions, pages that are here already; in pieces that end anywhere."""
+    chance = random.Random(seed)
+    here = tuple(page for page in range(PAGES) if chance.random() < 0.1)
+    expected = {page: bytes(PAGE) for page in here}
+    records: list[bytes] = []
+    page, ends = 0, [0]
+    for _ in range(200):
+        page = page + 1 if chance.random() < 0.9 and page + 1 < PAGES else chance.randrange(PAGES)
+        named = FULL if not records or chance.random() < 0.1 else FULL | CONTINUE
+        data = chance.randbytes(PAGE) if chance.random() < 0.9 else b"\0"
+        records.append(record(page * PAGE, named if data != b"\0" else named ^ FULL | ZERO, data))
+        expected.setdefault(page, data.ljust(PAGE, b"\0"))
+        ends.append(ends[-1] + len(records[-1]))
+    stream = b"".join(records) + struct.pack(">Q", EOS) + b"behind"
+    with missing(received=here) as link:
+        receiver = threading.Thread(target=link.receiver.load_body)
+        receiver.start()
+        at = 0
+        while at < len(stream):
+            end = chance.choice((at + chance.randrange(1, 9000), *(end for end in ends if at < end < at + 200000)))
+            while at < min(end, len(stream)):
+                select.select([], [link.far._socket], [])
+                at += link.far._socket.send(stream[at:end])
+            time.sleep(chance.choice((0, 0, 0.001)))  # what has come may be taken in, or not
+        receiver.join()
+        for page in here:  # they were only said to be here, and nothing of the stream may have brought them
+            place_unnoticed(link, page, b"\0")
+        assert all(link.memory.read(page * PAGE, PAGE) == contents for page, contents in expected.items())
+        assert link.here.missing_pages() == PAGES - len(expected)
+        assert link.receiver.normal_pages + link.receiver.zero_pages == 200
+        assert (link.receiver.stream.offset, link.receiver.stream.peek(6)) == (len(stream) - 6, b"behind")
 
 
 @pytest.mark.parametrize("end", [record(11 * PAGE, FULL, b"d" * 4000), b"\0\0\0", record(11 * PAGE, 0x40, b"")], ids=repr)
