@@ -68,6 +68,26 @@ def test_memory_is_equal_on_both_sides_afterwards(stage: Stage) -> None:
     stage.assert_guest_is_well(destination)
 
 
+def test_a_guest_that_is_woken_in_the_middle_loses_nothing(stage: Stage) -> None:
+    """Its memory was protected while it stood, all at once: what it writes from then on goes again."""
+    source = stage.vmm("source", qemumig_system(), guest=BUSY, unlimited=False)
+    destination = stage.vmm("destination", qemumig_system(), incoming=True, stopped=True)
+    source.command("stop")
+    source.command("migrate-set-parameters", max_bandwidth=16 * MIB)
+    source.command("migrate", uri=listen(destination))
+    wait_until(
+        lambda: source.command("query-migrate").get("ram", {}).get("transferred", 0) > 4 * MIB, "a part of it to leave"
+    )
+    source.command("cont")
+    assert source.serial.wait_more(4, 30)
+    source.command("migrate-set-parameters", max_bandwidth=0)
+    destination.wait_runstate("paused")
+    assert source.command("query-migrate")["ram"]["dirty-sync-count"] >= 3
+    assert destination.memory_digest() == source.memory_digest()
+    destination.command("cont")
+    stage.assert_guest_is_well(destination)
+
+
 def test_a_paused_guest_arrives_paused(stage: Stage) -> None:
     source, destination = pair(stage, MODEST)
     source.command("stop")
