@@ -247,7 +247,7 @@ class PostcopyDestination:
         trace.loadvm_postcopy_handle_advise()
         if self._options.capability("postcopy-preempt"):
             self._preempt_thread = start_thread("mig/dst/preempt", self._receive_urgent)
-        # this one behaves by whether there is that one
+        # only now: this thread looks whether there is one for urgent pages
         self._listen_thread = start_thread("mig/dst/listen", self._listen_to_source)
 
     def _discard(self, command: commands.PostcopyRamDiscard, offset: int, loader: StreamLoader) -> None:
@@ -301,10 +301,7 @@ class PostcopyDestination:
         self._listening.set()
 
     def serve(self) -> None:
-        """What is done next, to put device state into effect, may touch pages that are missing.
-
-        They come by the main channel, which is read from now on, if there is none of urgent pages.
-        """
+        """Have the main channel read, if missing pages come by that alone: putting device state into effect may touch some."""
         if self._preempt_thread is None:
             with self._changed:
                 self._changed.notify_all()

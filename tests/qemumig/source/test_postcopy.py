@@ -55,6 +55,19 @@ def refuse(connection: socket.socket) -> None:
         pass
 
 
+def hand_over(pair: Pair, peer: FakePeer) -> None:
+    """Migrate to *peer* by postcopy, until the source has ended."""
+    migrate_to(peer, pair)
+    switch(pair, peer)
+
+
+def switch(pair: Pair, peer: FakePeer) -> None:
+    """Let the guest of a migration that runs go to *peer* at once, until the source has ended."""
+    pair.migration.start_postcopy()
+    wait_for(lambda: not pair.migration.is_running, "the source to end")
+    peer.close()
+
+
 def test_only_what_is_asked_for_is_sent_until_the_guest_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request is the first that is said on the return path since the switch."""
     monkeypatch.setattr(postcopy, "SETTLE_S", 3600)  # the word of the destination ends the wait, not the time
@@ -62,10 +75,7 @@ def test_only_what_is_asked_for_is_sent_until_the_guest_runs_there(monkeypatch: 
         page = pair.source.read(pair.source.ram, LAST_PAGE, 4096)
         assert page != bytes(4096)
         peer = TakesItsTime()
-        migrate_to(peer, pair)
-        pair.migration.start_postcopy()
-        wait_for(lambda: not pair.migration.is_running, "the source to end")
-        peer.close()
+        hand_over(pair, peer)
         assert pair.migration.status.value == "completed"
         assert page in peer.asked_for and len(peer.asked_for) < 2 * 4096
         assert peer.unasked == b""
@@ -102,9 +112,7 @@ def test_what_is_dirty_is_discarded_while_the_guest_still_runs() -> None:
         peer = Looks(b"")
         migrate_to(peer, pair)
         wait_for(lambda: pair.migration.query().get("ram", {}).get("dirty-sync-count", 0) > 1, "a whole pass")
-        pair.migration.start_postcopy()
-        wait_for(lambda: not pair.migration.is_running, "the source to end")
-        peer.close()
+        switch(pair, peer)
         assert peer.runstate is RunState.RUNNING
         early, late = discarded(peer.early), discarded(peer.late)
         assert early and (b"microvm.ram", peer.written) in late and not early & late
@@ -132,10 +140,7 @@ def test_a_refusal_right_behind_the_last_byte_of_the_package_gives_the_guest_bac
     monkeypatch.setattr(StreamWriter, "command", wait_for_refusal)
     with Pair(capabilities={"postcopy-ram": True}, parameters={"max-bandwidth": 1 << 20}) as pair:
         peer = Refuses(b"")
-        migrate_to(peer, pair)
-        pair.migration.start_postcopy()
-        wait_for(lambda: not pair.migration.is_running, "the source to end")
-        peer.close()
+        hand_over(pair, peer)
         assert pair.migration.status.value == "failed"
         pair.assert_guest_at("source")
 
@@ -174,9 +179,6 @@ def test_pages_are_sent_to_a_destination_that_does_not_say_that_it_has_the_guest
 
     with Pair(capabilities={"postcopy-ram": True}, parameters={"max-bandwidth": 1 << 20}) as pair:
         peer = NeverSays(b"")
-        migrate_to(peer, pair)
-        pair.migration.start_postcopy()
-        wait_for(lambda: not pair.migration.is_running, "the source to end")
-        peer.close()
+        hand_over(pair, peer)
         assert len(peer.rest) > 1 << 18
         pair.assert_guest_at("source")  # it has left without that word
