@@ -301,7 +301,7 @@ class PostcopyDestination:
         self._listening.set()
 
     def serve(self) -> None:
-        """Have the main channel read, if missing pages come by that alone: putting device state into effect may touch some."""
+        """Have the main channel read, if missing pages come by it alone: to put device state into effect may touch some."""
         if self._preempt_thread is None:
             with self._changed:
                 self._changed.notify_all()
