@@ -192,6 +192,7 @@ source_return_path_thread_bad_end = TRACE.event("source_return_path_thread_bad_e
 # ---- source: multifd ----
 
 multifd_new_send_channel_async = TRACE.event("multifd_new_send_channel_async", "channel {}")
+multifd_send_copies = TRACE.event("multifd_send_copies", "{}: {}")
 multifd_send_thread_start = TRACE.event("multifd_send_thread_start", "{}")
 multifd_send_section_end = TRACE.event("multifd_send_section_end", "pages {}")
 multifd_send_terminate_threads = TRACE.event("multifd_send_terminate_threads")

@@ -104,9 +104,11 @@ class Channel:
 
     *kind* is QEMU's word for messages ("socket", "command", "file"), *name* says which one.  *can_return*: bytes flow in
     both directions, so that a return path is possible.  *stored*: bytes wait in a file, nobody acts on them as they come.
+    *takes_references*: the kernel can hand memory on without a copy, by splice.
     """
 
     stored = False
+    takes_references = False
     announces_end = True  # where the transport has a last word (TLS): whether `close` says it
     carrier: Carrier | None = None  # what enciphers the bytes on their way, where something does
 
@@ -179,6 +181,7 @@ class SocketChannel(Channel):
     def __init__(self, name: str, sock: socket.socket, quit_fd: int) -> None:
         super().__init__("socket", name, sock.fileno(), sock.fileno(), quit_fd, can_return=True)
         self._socket = sock
+        self.takes_references = sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -8,6 +8,7 @@
 packet     the packets' bytes, taken apart and put together
 send       batches of pages into packets, each channel in its own thread
 zerocopy   pages that the network takes from where they lie
+splice     pages that the kernel hands on by reference
 recv       packets straight into guest RAM, each channel in its own thread; the meeting of channels and main loader
 senders    the source's channels: opened, watched, closed
 receivers  the destination's channels: told apart, watched, closed

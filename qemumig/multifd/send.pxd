@@ -7,6 +7,7 @@ from ..wire.format cimport MULTIFD_HEADER_SIZE, MULTIFD_PACKET_PAGES
 from ..wire.stream cimport OutputStream, iovec
 from .locks cimport pthread_cond_t, pthread_mutex_t
 from .packet cimport Packet
+from .splice cimport Splice
 from .zerocopy cimport ZeroCopy
 
 cdef enum:
@@ -67,8 +68,9 @@ cdef class Sender:
     cdef Compressor compressor        # None: pages leave as they are
     cdef uint32_t method              # the flag of its packets
     cdef uint8_t *buffer              # compressed data of one packet
-    cdef ZeroCopy zero_copy           # None: the kernel copies pages
-    cdef iovec pages[MULTIFD_PACKET_PAGES]    # of one packet, for that
+    cdef ZeroCopy zero_copy           # at most one of these two; neither: the kernel copies pages
+    cdef Splice splice
+    cdef iovec pages[MULTIFD_PACKET_PAGES]    # of one packet, for those
     cdef Packet packet
     cdef uint8_t header[MULTIFD_HEADER_SIZE]
     cdef readonly uint64_t normal_pages
@@ -81,5 +83,7 @@ cdef class Sender:
     cdef void sort_pages(self, const Batch *batch) noexcept nogil
     cdef int send_packet(self, const Batch *batch) noexcept nogil
     cdef int send_uncopied(self, const Batch *batch) noexcept nogil
+    cdef int send_references(self, const Batch *batch) noexcept nogil
+    cdef int list_pages(self, const Batch *batch) noexcept nogil
     cdef int put_pages(self, const Batch *batch) noexcept nogil
     cdef int compress_pages(self, const Batch *batch) noexcept nogil

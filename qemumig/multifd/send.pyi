@@ -4,6 +4,7 @@ from typing import NoReturn
 from ..encode.compress import Compressor
 from ..errors import MigrationError
 from ..wire.stream import OutputStream
+from .splice import Splice
 from .zerocopy import ZeroCopy
 
 class Dispatch:
@@ -45,6 +46,8 @@ class Sender:
         """Send packets of compression *method* (a MultifdFlag), made by *compressor*."""
     def send_uncopied_by(self, zero_copy: ZeroCopy) -> None:
         """Let the network take pages from where they lie, through *zero_copy* over the same channel."""
+    def send_references_by(self, splice: Splice) -> None:
+        """Let the kernel hand pages on by reference, through *splice* over the same channel."""
     @property
     def missed_zero_copy(self) -> int:
         """Sync points before which the kernel had copied all pages all the same."""

@@ -282,6 +282,10 @@ cdef class Sender:
         """Let the network take pages from where they lie; see send.pyi."""
         self.zero_copy = zero_copy
 
+    def send_references_by(self, Splice splice not None):
+        """Let the kernel hand pages on by reference; see send.pyi."""
+        self.splice = splice
+
     @property
     def missed_zero_copy(self) -> int:
         """Sync points before which everything was copied all the same; see send.pyi."""
@@ -330,7 +334,10 @@ cdef class Sender:
 
     cdef int send_packet(self, const Batch *batch) noexcept nogil:
         """Send the header and what belongs to it; a sync point waits until the network has done with all pages."""
-        cdef int status = self.out.put_reference(self.header, MULTIFD_HEADER_SIZE)
+        cdef int status
+        if self.splice is not None and self.packet.normal_pages:
+            return self.send_references(batch)
+        status = self.out.put_reference(self.header, MULTIFD_HEADER_SIZE)
         if status == STREAM_OK and self.packet.normal_pages and self.zero_copy is None:
             status = self.put_pages(batch)
         if status == STREAM_OK:
@@ -341,6 +348,16 @@ cdef class Sender:
 
     cdef int send_uncopied(self, const Batch *batch) noexcept nogil:
         """Send the data of the packet, whose header has left, from where it lies."""
+        self.out.offset += self.packet.data_size
+        return self.zero_copy.send(self.pages, self.list_pages(batch))
+
+    cdef int send_references(self, const Batch *batch) noexcept nogil:
+        """Send the packet; its data by reference."""
+        self.out.offset += MULTIFD_HEADER_SIZE + self.packet.data_size
+        return self.splice.send(self.header, MULTIFD_HEADER_SIZE, self.pages, self.list_pages(batch))
+
+    cdef int list_pages(self, const Batch *batch) noexcept nogil:
+        """List where the normal pages of the packet lie, neighbours in one entry; returns the number of entries."""
         cdef uint32_t index
         cdef int count = 0
         cdef const uint8_t *page
@@ -352,8 +369,7 @@ cdef class Sender:
             self.pages[count].iov_base = <void *> page
             self.pages[count].iov_len = TARGET_PAGE_SIZE
             count += 1
-        self.out.offset += self.packet.data_size
-        return self.zero_copy.send(self.pages, count)
+        return count
 
     cdef void sort_pages(self, const Batch *batch) noexcept nogil:
         """The offsets of the batch into the packet: normal pages first, zero pages behind them."""
@@ -421,6 +437,8 @@ cdef class Sender:
                 )
             if self.zero_copy is not None and self.zero_copy.error:
                 self.zero_copy.raise_on(self.stream_status)
+            if self.splice is not None and self.splice.error:
+                self.splice.raise_on(self.stream_status)
             self.out.raise_on(self.stream_status)
         except MigrationError as error:
             self.dispatch.fail(error)

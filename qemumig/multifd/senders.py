@@ -14,13 +14,14 @@ from functools import partial
 
 from .. import trace
 from ..channels.channel import Channel
-from ..errors import MigrationCancelled, MigrationError
+from ..errors import ChannelError, MigrationCancelled, MigrationError
 from ..options import MigrationOptions
 from ..threads import start_thread
 from ..wire.stream import OutputStream
 from .methods import method_of
 from .packet import encode_init
 from .send import Dispatch, Sender
+from .splice import Splice
 from .zerocopy import ZeroCopy
 
 NO_UUID = bytes(16)
@@ -38,33 +39,58 @@ class Senders:
         self._announces_end = options.migration_property("multifd-clean-tls-termination")
         self._channels: list[Channel] = []
         self._senders: list[Sender] = []
+        self._splices: list[Splice] = []
         self._threads: list[threading.Thread] = []
         self.dispatch = Dispatch(self._count, on_failure)
 
-    def open(self, open_channel: Callable[[], Channel], uuid: bytes | None, *, is_busy: bool) -> None:
+    def open(
+        self, open_channel: Callable[[], Channel], uuid: bytes | None, *, is_busy: bool, all_will_be_loaded: bool
+    ) -> None:
         """Open every channel with *open_channel*; ChannelError when one cannot be, MigrationCancelled when told to quit.
 
-        *is_busy*: the guest runs, and keeps cores for itself.
+        *is_busy*: the guest runs, and keeps cores for itself.  *all_will_be_loaded*: the guest goes on nowhere before the
+        destination has said that it has loaded all pages, or will never have them; so they may be read late.
         """
-        # whoever compresses is slow enough: bytes that pile up let it go on
-        shares_core = self._method is None and (is_busy or self._outnumbers_cores())
+        shares_core = is_busy or self._outnumbers_cores()
         for number in range(self._count):
             channel = open_channel()
             channel.announces_end = self._announces_end
             self._channels.append(channel)
-            if shares_core:
-                channel.share_core()
             out = OutputStream(channel)
             out.write(encode_init(uuid or NO_UUID, number))
             out.flush()
             trace.multifd_new_send_channel_async(number)
             sender = Sender(number, out, self.dispatch, detects_zero=self._detects_zero)
-            if self._method is not None:
-                sender.compress_with(self._method.flag, self._method.compressor(self._level))
-            if self._zero_copy:
-                sender.send_uncopied_by(ZeroCopy(channel))
+            self._equip(sender, channel, by_reference=all_will_be_loaded, shares_core=shares_core)
             self._senders.append(sender)
             self._threads.append(start_thread(f"mig/src/send_{number}", partial(self._run, number, sender)))
+
+    def _equip(self, sender: Sender, channel: Channel, *, by_reference: bool, shares_core: bool) -> None:
+        """Choose the way that pages leave by.
+
+        To share a core only helps pages that are copied on both sides: whoever compresses is slow enough to let bytes pile
+        up, and what goes by reference is in no cache.
+        """
+        if self._method is not None:
+            sender.compress_with(self._method.flag, self._method.compressor(self._level))
+        elif self._zero_copy:
+            sender.send_uncopied_by(ZeroCopy(channel))
+        elif by_reference and (splice := self._new_splice(channel)) is not None:
+            sender.send_references_by(splice)
+        elif shares_core:
+            channel.share_core()
+
+    def _new_splice(self, channel: Channel) -> Splice | None:
+        """A splice over *channel*; None where there is none to be had: then pages are copied."""
+        if not channel.takes_references:
+            return None
+        try:
+            splice = Splice(channel)
+        except ChannelError as refusal:  # no descriptors left, say
+            trace.multifd_send_copies(channel.name, str(refusal))
+            return None
+        self._splices.append(splice)
+        return splice
 
     def _outnumbers_cores(self) -> bool:
         """Whether the threads of both ends, were these on one host, would have to take turns."""
@@ -117,5 +143,8 @@ class Senders:
             thread.join()
         for channel in self._channels:
             channel.close()
+        for splice in self._splices:
+            splice.close()
+        self._splices.clear()
         self._threads.clear()
         self._channels.clear()

@@ -252,7 +252,9 @@ class Attempt:
         in_channels = live_multifd.zero_page_detection(self.options) == "multifd"
         self._senders = Senders(self.options, detects_zero=in_channels, on_failure=self._quit.set)
         is_busy = self.machine.runstate is RunState.RUNNING
-        self._senders.open(self._open_channel, self.machine.uuid, is_busy=is_busy)
+        # with a return path nothing can start the guest there before it is loaded, and a failure here means it never will
+        waits = self._return_path is not None
+        self._senders.open(self._open_channel, self.machine.uuid, is_busy=is_busy, all_will_be_loaded=waits)
 
     def _return_path_has_ended(self) -> None:
         """Who does not answer any more will never have the guest: let nobody wait for room on the way there."""

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from qemumig.channels.address import InetAddress
-from qemumig.multifd import arrivals
+from qemumig.channels.channel import Channel
+from qemumig.errors import ChannelError
+from qemumig.multifd import arrivals, senders
 from qemumig.multifd.packet import encode_init
+from qemumig.multifd.splice import Splice
 from qemumig.ram.live import RamSource
 from qemumig.ram.live_multifd import MultifdRamSource
 from tests.qemumig.channels.pki import x509_directory
@@ -90,6 +93,36 @@ def test_pages_are_taken_from_where_they_lie() -> None:
         ram = pair.migration.query()["ram"]
         assert ram["multifd-bytes"] > ram["normal-bytes"] > 100 * 4096
         assert ram["dirty-sync-missed-zero-copy"] >= CHANNELS  # the loopback device copies
+
+
+@pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.parametrize("running", [False, True])
+def test_pages_go_by_reference_only_where_the_destination_answers(
+    returns: bool, running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer the guest might go on here while the network still reads its pages."""
+    made: list[Splice] = []
+    monkeypatch.setattr(senders, "Splice", lambda channel: made.append(Splice(channel)) or made[-1])
+    with multifd_pair(capabilities={"return-path": returns}, running=running) as pair:
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        if running:
+            pair.assert_guest_at("destination")
+        else:
+            assert pair.destination.digests() == pair.source.digests()
+    assert len(made) == (CHANNELS if returns else 0)
+
+
+def test_pages_are_copied_when_there_are_no_pipes_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(channel: Channel) -> Splice:
+        raise ChannelError("no pipe", channel=channel.name)
+
+    monkeypatch.setattr(senders, "Splice", refuse)
+    with recorded(tmp_path, "multifd_send_copies") as lines, multifd_pair() as pair:
+        pair.migrate()
+        assert pair.statuses == ("completed", "completed")
+        pair.assert_guest_at("destination")
+    assert [line.endswith(": no pipe") for line in lines] == [True] * CHANNELS
 
 
 def test_enciphered_channels(tmp_path: Path) -> None:
