@@ -56,10 +56,16 @@ def _descriptor(path: str, flags: int, verb: str, open_path: OpenPath) -> int:
         raise ChannelError(text, channel=path, errno=number) from error
 
 
+def _has_length(fd: int, length: int) -> bool:
+    found = os.fstat(fd)
+    return stat.S_ISREG(found.st_mode) and found.st_size == length
+
+
 def _open(address: FileAddress, flags: int, quit_fd: int, verb: str, open_path: OpenPath) -> FileChannel:
     fd = _descriptor(address.path, flags, verb, open_path)
     try:
-        if flags & os.O_WRONLY:
+        # a file that was cut is written to the disk when it is closed (ext4), so none is that has the length already
+        if flags & os.O_WRONLY and not _has_length(fd, address.offset):
             os.ftruncate(fd, address.offset)
         os.lseek(fd, address.offset, os.SEEK_SET)
     except OSError as error:

@@ -76,6 +76,11 @@ class RamSource:
         return sender
 
     @property
+    def step_bytes(self) -> int:
+        """How much to send before the clock is looked at."""
+        return STEP_BYTES
+
+    @property
     def remaining(self) -> int:
         """Bytes of dirty pages."""
         return self.dirty.remaining * TARGET_PAGE_SIZE
@@ -137,7 +142,7 @@ class RamSource:
         self._follow_cache_size()
         deadline = time.monotonic() + PART_DURATION_S
         end = self.sent_bytes + allowance
-        while (left := end - self.sent_bytes) > 0 and not self._send_step(min(STEP_BYTES, left)):
+        while (left := end - self.sent_bytes) > 0 and not self._send_step(min(self.step_bytes, left)):
             if time.monotonic() > deadline:
                 break
         self._end_body()

@@ -22,10 +22,10 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from queue import SimpleQueue
 from typing import NoReturn, TypeVar
 
 from .. import trace
@@ -46,12 +46,14 @@ from .block import RAMBlock
 from .dirty import DirtyPages
 from .landing import Landing
 from .live import RamSource, Sender
-from .region import Region
+from .region import Ranges, Region
 
 HEADER = struct.Struct(">IQQQ")  # version, page size, bitmap offset, pages offset: MAPPED_RAM_HDR_SIZE bytes
 ALIGNMENT = MAPPED_RAM_FILE_OFFSET_ALIGNMENT
-RANGE_PAGES = 1024  # 4 MiB: moved by one thread at a time
-BATCH_RANGES = 16  # between two looks at whether the load is to end
+RANGE_PAGES = 1024  # 4 MiB, some huge pages: moved by one thread at a time
+STRIDE_S = 0.05  # threads that wait for each other do so this often; so long takes a cancel, too
+SHORTEST_STRIDE = 8 << 20
+LONGEST_STRIDE = 256 << 20
 
 Result = TypeVar("Result")
 
@@ -63,12 +65,11 @@ class PageFiles:
     """
 
     def __init__(self, channel: Channel, options: MigrationOptions, role: str) -> None:
+        self.cached = not options.parameter("direct-io")  # what is written goes to the kernel's cache
         self._own: list[int] = []
-        self._free: SimpleQueue[int] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
-        fd = channel.write_fd if channel.write_fd >= 0 else channel.read_fd
+        self._fd = channel.write_fd if channel.write_fd >= 0 else channel.read_fd
         if not options.capability("multifd"):
-            self._free.put(fd)
             return
         if not isinstance(channel, FileChannel):
             raise ChannelError(f"{channel.kind} '{channel.name}' cannot be opened again, as mapped-ram with multifd needs")
@@ -77,26 +78,18 @@ class PageFiles:
         self._pool = ThreadPoolExecutor(count, initializer=lambda: take_name(f"mig/{role}_{next(numbers)}"))
         try:
             for _ in range(count):
-                self._own.append(channel.open_again(os.O_DIRECT if options.parameter("direct-io") else 0))
-                self._free.put(self._own[-1])
+                self._own.append(channel.open_again(0 if self.cached else os.O_DIRECT))
         except ChannelError:
             self.close()
             raise
 
-    def run(self, jobs: Sequence[Callable[[int], Result]]) -> list[Result]:
-        """What each job returned, called with a descriptor; all have ended when this returns or raises."""
+    def run(self, job: Callable[[int], Result]) -> list[Result]:
+        """What *job* returned in each thread, called with a descriptor; all have ended when this returns or raises."""
         if self._pool is None:
-            return [self._run_one(job) for job in jobs]
-        futures = [self._pool.submit(self._run_one, job) for job in jobs]
+            return [job(self._fd)]
+        futures = [self._pool.submit(job, fd) for fd in self._own]
         wait(futures)
         return [future.result() for future in futures]
-
-    def _run_one(self, job: Callable[[int], Result]) -> Result:
-        fd = self._free.get()
-        try:
-            return job(fd)
-        finally:
-            self._free.put(fd)
 
     def close(self) -> None:
         """End the threads and close what was opened for them."""
@@ -104,6 +97,18 @@ class PageFiles:
             self._pool.shutdown()
         while self._own:
             os.close(self._own.pop())
+
+
+class Stride:
+    """How many bytes to move between two moments in which all threads wait for each other: what STRIDE_S is enough for."""
+
+    def __init__(self) -> None:
+        self.bytes = SHORTEST_STRIDE
+
+    def learn(self, moved: int, start_s: float) -> None:
+        """*moved* bytes took from *start_s* (time.monotonic) until now."""
+        allowed = int(moved * STRIDE_S / max(time.monotonic() - start_s, 1e-6))
+        self.bytes = max(SHORTEST_STRIDE, min(allowed, LONGEST_STRIDE)) // SHORTEST_STRIDE * SHORTEST_STRIDE
 
 
 # ---- source ----
@@ -135,35 +140,38 @@ class MappedSender:
         last = self.handled_pages + page_limit
         while self._dirty.remaining and self.written_bytes < end and self.handled_pages < last:
             allowed = min(last - self.handled_pages, -(-(end - self.written_bytes) // TARGET_PAGE_SIZE))
-            for zero, normal in self._files.run(self._next_ranges(allowed)):
+            ranges = Ranges(self._next_ranges(allowed), in_turns=self._files.cached)
+            region = self._regions[self._block]
+            job = partial(region.write, dirty=self._dirty, block_index=self._block, ranges=ranges)
+            for zero, normal in self._files.run(job):
                 self.zero_pages += zero
                 self.normal_pages += normal
         return not self._dirty.remaining
 
-    def _next_ranges(self, allowed: int) -> list[Callable[[int], tuple[int, int]]]:
-        """Jobs for the next ranges with dirty pages: *allowed* pages if all of them are dirty, in whole words of bitmaps.
+    def _next_ranges(self, allowed: int) -> list[tuple[int, int]]:
+        """The next ranges with dirty pages, all of one block: *allowed* pages if all of them are dirty, in whole words.
 
         A range lies in one chunk, which is protected again first.
         """
-        jobs: list[Callable[[int], tuple[int, int]]] = []
-        for _ in range(self._dirty.block_count + 1):  # once round
-            bitmap = self._dirty.bitmaps[self._block]
-            while allowed > 0 and (page := bitmap.next_set(self._page)) < bitmap.bits:
-                first = page & ~63
-                chunk_end = ((page >> self._dirty.chunk_shift) + 1) << self._dirty.chunk_shift
-                count = min(RANGE_PAGES, -(-allowed // 64) * 64, chunk_end - first, bitmap.bits - first)
-                self._dirty.visit_if_new(self._block, first)
-                region = self._regions[self._block]
-                jobs.append(partial(region.write, dirty=self._dirty, block_index=self._block, first=first, count=count))
-                allowed -= count
-                self._page = first + count
-            if allowed <= 0:
+        ranges = list(self._ranges_of_block(allowed))
+        for _ in range(self._dirty.block_count):  # once round
+            if ranges:
                 break
-            self._page = 0
             self._block = (self._block + 1) % self._dirty.block_count
-            if jobs and self._block == 0:
-                break  # a range must not be in two jobs
-        return jobs
+            self._page = 0
+            ranges = list(self._ranges_of_block(allowed))
+        return ranges
+
+    def _ranges_of_block(self, allowed: int) -> Iterator[tuple[int, int]]:
+        bitmap = self._dirty.bitmaps[self._block]
+        while allowed > 0 and (page := bitmap.next_set(self._page)) < bitmap.bits:
+            first = page & ~63
+            chunk_end = ((page >> self._dirty.chunk_shift) + 1) << self._dirty.chunk_shift
+            count = min(RANGE_PAGES, -(-allowed // 64) * 64, chunk_end - first, bitmap.bits - first)
+            self._dirty.visit_if_new(self._block, first)
+            allowed -= count
+            self._page = first + count
+            yield first, count
 
 
 class MappedRamSource(RamSource):
@@ -172,6 +180,7 @@ class MappedRamSource(RamSource):
     def __init__(self, blocks: Sequence[RAMBlock], log: DirtyLog, out: OutputStream, options: MigrationOptions) -> None:
         self._files = PageFiles(out.channel, options, "src/send")
         self._regions: list[Region] = []
+        self._stride = Stride()
         super().__init__(blocks, log, out, options)
 
     def _new_sender(self) -> Sender:
@@ -180,6 +189,16 @@ class MappedRamSource(RamSource):
     @property
     def sent_bytes(self) -> int:
         return self._out.offset + self.sender.normal_pages * TARGET_PAGE_SIZE
+
+    @property
+    def step_bytes(self) -> int:
+        return self._stride.bytes
+
+    def _send_step(self, limit: int) -> bool:
+        sent, start_s = self.sent_bytes, time.monotonic()
+        is_clean = self.sender.send(limit, -(-self.step_bytes // TARGET_PAGE_SIZE))
+        self._stride.learn(self.sent_bytes - sent, start_s)
+        return is_clean
 
     def write_entry(self, block: RAMBlock) -> None:
         """An entry of the block list, with the header behind it, and room for the bitmap and the pages behind that."""
@@ -235,20 +254,18 @@ class MappedLoader:
             return 0
         self._stream.fill(memoryview(region.bitmap).cast("B"), f"the bitmap of block '{block.idstr}'")
         loaded = 0
-        ranges = range(0, block.pages, RANGE_PAGES)
-        for batch in range(0, len(ranges), BATCH_RANGES):
-            loaded += sum(self._files.run(self._jobs(region, index, ranges[batch : batch + BATCH_RANGES])))
+        first, stride = 0, Stride()
+        while first < block.pages:
+            end, start_s = min(first + stride.bytes // TARGET_PAGE_SIZE, block.pages), time.monotonic()
+            ranges = Ranges((at, min(RANGE_PAGES, end - at)) for at in range(first, end, RANGE_PAGES))
+            came = sum(self._files.run(partial(region.read, landing=self._landing, block_index=index, ranges=ranges)))
+            stride.learn(came * TARGET_PAGE_SIZE, start_s)
+            loaded += came
+            first = end
             self._look_round()
         self._stream.go_to(region.pages_offset + block.used_length)
         trace.mapped_ram_load_block_end(block.idstr, loaded)
         return loaded
-
-    def _jobs(self, region: Region, index: int, firsts: Sequence[int]) -> list[Callable[[int], int]]:
-        counts = [min(RANGE_PAGES, region.bitmap.bits - first) for first in firsts]
-        return [
-            partial(region.read, landing=self._landing, block_index=index, first=first, count=count)
-            for first, count in zip(firsts, counts, strict=True)
-        ]
 
     def _read_header(self, block: RAMBlock) -> Region:
         """The header of *block*'s pages, compared with what the block and the file have."""

@@ -275,6 +275,22 @@ def test_a_listening_descriptor_takes_connections(quit_event: QuitEvent) -> None
     listener.close()
 
 
+@pytest.mark.parametrize(("there", "is_cut"), [(None, False), (b"keep", False), (b"keep and more", True), (b"ke", True)])
+def test_only_a_file_of_another_length_is_cut(
+    there: bytes | None, is_cut: bool, tmp_path: Path, quit_event: QuitEvent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ext4 writes a file that was cut to the disk when it is closed, which whoever loads it then has to wait for."""
+    if there is not None:
+        (tmp_path / "f").write_bytes(there)
+    cuts: list[int] = []
+    cut = os.ftruncate
+    monkeypatch.setattr(os, "ftruncate", lambda fd, length: cuts.append(length) or cut(fd, length))
+    offset = "" if there is None else ",offset=4"
+    connect(parse_uri(f"file:{tmp_path}/f{offset}"), quit_event).close()
+    assert cuts == ([4] if is_cut else [])
+    assert (tmp_path / "f").stat().st_size == (0 if there is None else 4)
+
+
 def test_a_plain_file_by_descriptor(tmp_path: Path, quit_event: QuitEvent) -> None:
     """It is written from where it stands, and read from where it stands."""
     path = tmp_path / "f"

@@ -6,7 +6,9 @@ import os
 import random
 import resource
 import struct
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,9 +20,19 @@ from qemumig.channels.channel import Channel, QuitEvent
 from qemumig.channels.file import open_incoming_file, open_outgoing_file
 from qemumig.errors import ChannelError, MigrationCancelled, StreamError
 from qemumig.options import MigrationOptions
+from qemumig.ram.dirty import DirtyPages
 from qemumig.ram.landing import Landing
 from qemumig.ram.load import RamLoader
-from qemumig.ram.mapped import HEADER, MappedLoader, MappedRamSource, PageFiles
+from qemumig.ram.mapped import (
+    HEADER,
+    LONGEST_STRIDE,
+    SHORTEST_STRIDE,
+    MappedLoader,
+    MappedRamSource,
+    PageFiles,
+    Stride,
+)
+from qemumig.ram.region import Ranges, Region
 from qemumig.wire.format import MAPPED_RAM_HDR_SIZE
 from qemumig.wire.stream import InputStream, OutputStream
 from tests.support.memory import Memory, QuietLog, channel_pair
@@ -307,7 +319,7 @@ def test_a_file_cut_while_it_is_read_is_refused(directory: Path) -> None:
             region.bitmap.set_all()
             os.truncate(path, MIB + 40 * PAGE)
             with pytest.raises(StreamError, match="the file ends within the pages of block 'ram' that begin at 0x100000"):
-                region.read(channel.read_fd, landing, 0, 0, 64)
+                region.read(channel.read_fd, landing, 0, Ranges([(0, 64)]))
 
 
 def test_a_load_that_is_to_end_ends_between_two_batches(directory: Path) -> None:
@@ -345,3 +357,34 @@ def test_a_file_that_takes_no_more_is_named_by_its_error(directory: Path) -> Non
                     ram.write_rest()
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_ranges_go_to_one_thread_each_and_to_none_after_an_error(directory: Path) -> None:
+    source = Memory("ram", 640 * PAGE)
+    source.write(0, b"x" * 640 * PAGE)
+    region = Region(source.block, 0, 0)
+    with channel_to(directory / "file") as channel:
+        for in_turns in (False, True):
+            dirty = DirtyPages([source.block], QuietLog())
+            ranges = Ranges([(0, 64), (128, 256), (512, 64)], in_turns=in_turns)
+            with ThreadPoolExecutor(4) as pool:
+                done = list(pool.map(lambda _: region.write(channel.write_fd, dirty, 0, ranges), range(4)))  # noqa: B023
+            assert sum(normal for _, normal in done) == 384 == 640 - dirty.remaining
+        for beyond in ((640, 1), (576, 65), (1, 1), ((1 << 64) - 64, 64)):
+            with pytest.raises(ValueError, match="of block 'ram', which has 640"):
+                region.write(channel.write_fd, dirty, 0, Ranges([beyond]))
+        ranges = Ranges([(64, 64), (384, 128)])
+        with pytest.raises(ChannelError, match="Unable to write to file: Bad file descriptor"):
+            region.write(-1, dirty, 0, ranges)
+        assert region.write(channel.write_fd, dirty, 0, ranges) == (0, 0)
+
+
+def test_strides_follow_the_speed() -> None:
+    stride = Stride()
+    assert stride.bytes == SHORTEST_STRIDE
+    stride.learn(100 << 20, time.monotonic() - 0.05)
+    assert 80 << 20 <= stride.bytes <= 100 << 20 and stride.bytes % SHORTEST_STRIDE == 0
+    stride.learn(1 << 40, time.monotonic())
+    assert stride.bytes == LONGEST_STRIDE
+    stride.learn(0, time.monotonic() - 1)
+    assert stride.bytes == SHORTEST_STRIDE
