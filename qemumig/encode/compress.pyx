@@ -45,12 +45,14 @@ cdef enum:
 
 cdef enum:
     LAST_FAST_LEVEL = 2
-    HURRIED = 4                   # where noise is, repeats are looked for at every fourth place
+    WAYS = 3                      # at most: to do everything, to hurry, to rush
+    HURRIED = 4                   # repeats are looked for at every fourth place, where nothing was found lately
+    RUSHED = 32
     TRIAL_PERIOD = 16             # packets from one trial to the next …
     TRIAL_PERIOD_NS = 50_000_000  # … or less where the link is slow: what is in a packet then counts for more
     SAMPLE_SIZE = 0x10000         # bytes that a trial looks at …
     SAMPLE_BOUND = 0x11000        # … and more than they can become
-    WORTH_IT = 32                 # the whole way must save more than this part of what the short one sends
+    WORTH_IT = 32                 # a longer way must save more than this part of what a shorter one sends
 
 cdef struct ZStream:
     const uint8_t *next_in
@@ -162,27 +164,32 @@ cdef class Decompressor:
 
 
 cdef class HurryTrial:
-    """Whether to hurry, and leave out what takes long and may save nothing; a subclass compresses both ways.
+    """Whether to hurry, and leave out what takes long and may save nothing; a subclass compresses in each way.
 
     In noise nothing repeats and no byte is frequent, which the libraries find out only by doing all the work.  So a
-    piece is compressed both ways now and then, and the lengths decide.
+    piece is compressed in all ways now and then, and the lengths decide.  Ways are numbered, 0 does everything.
     """
 
-    cdef bint hurries             # what is done now
+    cdef int ways
+    cdef int way                  # the one that is gone now
     cdef unsigned int packets     # since the last trial
     cdef uint64_t tried_ns        # when that was
     cdef uint8_t sample[SAMPLE_SIZE]
     cdef uint8_t result[SAMPLE_BOUND]
 
-    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+    cdef size_t length_by(self, int way, size_t length) noexcept nogil:
         """What the sample becomes; 0 after a failure."""
         return 0
 
     cdef bint changes(self, const uint8_t *data, size_t length) noexcept nogil:
-        """A packet ends with *data*, which may change meanwhile: True when it is to go the other way from then on."""
-        if not self.is_due() or self.recommends(data, min(length, <size_t> SAMPLE_SIZE)) == self.hurries:
+        """A packet ends with *data*, which may change meanwhile: True when it is to go another way from then on."""
+        cdef int best
+        if not self.is_due():
             return False
-        self.hurries = not self.hurries
+        best = self.best_way(data, min(length, <size_t> SAMPLE_SIZE))
+        if best == self.way:
+            return False
+        self.way = best
         return True
 
     cdef bint is_due(self) noexcept nogil:
@@ -197,14 +204,19 @@ cdef class HurryTrial:
         self.tried_ns = now_ns
         return True
 
-    cdef bint recommends(self, const uint8_t *data, size_t length) noexcept nogil:
-        cdef size_t hurried, whole
+    cdef int best_way(self, const uint8_t *data, size_t length) noexcept nogil:
+        """The shortest way that no longer one beats by enough."""
+        cdef size_t made, least = 0
+        cdef int way, best = 0
         memcpy(self.sample, data, length)
-        hurried = self.length_when(True, length)
-        whole = self.length_when(False, length)
-        if hurried == 0 or whole == 0:
-            return False  # the packet itself will tell what is wrong
-        return whole + hurried // WORTH_IT >= hurried
+        for way in range(self.ways):
+            made = self.length_by(way, length)
+            if made == 0:
+                return 0  # the packet itself will tell what is wrong
+            if way == 0 or least + made // WORTH_IT >= made:
+                best = way
+            least = made if way == 0 else min(least, made)
+        return best
 
 
 cdef class Deflater:
@@ -231,9 +243,9 @@ cdef class Deflater:
         if self.end != NULL:
             self.end(&self.stream)
 
-    cdef int hurry(self, bint on) noexcept nogil:
-        """Whether to look only for repeats of the byte before, from here on; the stream goes on."""
-        return self.set_parameters(&self.stream, self.level, Z_RLE if on else Z_DEFAULT_STRATEGY)
+    cdef int go(self, int way) noexcept nogil:
+        """Way 1: look only for repeats of the byte before, from here on; the stream goes on."""
+        return self.set_parameters(&self.stream, self.level, Z_RLE if way else Z_DEFAULT_STRATEGY)
 
 
 cdef class ZlibTrial(HurryTrial):
@@ -243,14 +255,15 @@ cdef class ZlibTrial(HurryTrial):
     cdef ZEnd reset
 
     def __cinit__(self, int level):
+        self.ways = 2
         self.deflater = Deflater(level)
         self.reset = <ZEnd> <uintptr_t> functions_of(ZLIB)["deflateReset"]
 
-    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+    cdef size_t length_by(self, int way, size_t length) noexcept nogil:
         cdef ZStream *stream = &self.deflater.stream
         stream.next_in, stream.avail_in = self.sample, 0
         stream.next_out, stream.avail_out = self.result, SAMPLE_BOUND
-        if self.reset(stream) != Z_OK or self.deflater.hurry(hurried) != Z_OK:
+        if self.reset(stream) != Z_OK or self.deflater.go(way) != Z_OK:
             return 0
         stream.avail_in = <unsigned int> length
         return stream.total_out if self.deflater.step(stream, Z_FINISH) == Z_STREAM_END else 0
@@ -285,7 +298,7 @@ cdef class ZlibCompressor(Compressor):
 
     cdef int change(self) noexcept nogil:
         """Nothing is held back behind the packet's flush: the next one is compressed the other way."""
-        cdef int result = self.deflater.hurry(self.trial.hurries)
+        cdef int result = self.deflater.go(self.trial.way)
         self.note_produced()
         return CODEC_OK if result == Z_OK else CODEC_FAILED
 
@@ -371,24 +384,26 @@ cdef class ZstdContext:
         if self.free != NULL:
             self.free(self.handle)
 
-    cdef void hurry(self, bint on) noexcept nogil:
-        """Whether the next frame, at a fast level, is compressed in a hurry."""
-        self.set_parameter(self.handle, ZSTD_c_targetLength, HURRIED if on else 0)
+    cdef void go(self, int way) noexcept nogil:
+        """Which way the next frame, at a fast level, is compressed."""
+        cdef int *hurry = [0, HURRIED, RUSHED]
+        self.set_parameter(self.handle, ZSTD_c_targetLength, hurry[way])
 
 
 cdef class ZstdTrial(HurryTrial):
-    """Whether coding literals, the bytes that repeat nothing, with fewer bits for the frequent ones saves anything."""
+    """Whether it saves anything to code literals, which repeat nothing, by their frequency, and to search everywhere."""
 
     cdef ZstdContext context
     cdef ZstdCompressWhole compress_whole
 
     def __cinit__(self, int level):
+        self.ways = WAYS
         self.context = ZstdContext(level)
         self.compress_whole = <ZstdCompressWhole> <uintptr_t> functions_of(ZSTD)["ZSTD_compress2"]
 
-    cdef size_t length_when(self, bint hurried, size_t length) noexcept nogil:
+    cdef size_t length_by(self, int way, size_t length) noexcept nogil:
         cdef size_t produced
-        self.context.hurry(hurried)
+        self.context.go(way)
         produced = self.compress_whole(self.context.handle, self.result, SAMPLE_BOUND, self.sample, length)
         return 0 if self.context.is_error(produced) else produced
 
@@ -420,7 +435,7 @@ cdef class ZstdCompressor(Compressor):
             directive = ZSTD_e_end if changes else ZSTD_e_flush
         cdef int status = self.compress_all(data, length, directive)
         if changes and status == CODEC_OK:
-            self.context.hurry(self.trial.hurries)
+            self.context.go(self.trial.way)
         return status
 
     cdef int compress_all(self, const uint8_t *data, size_t length, int directive) noexcept nogil:

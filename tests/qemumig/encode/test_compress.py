@@ -70,6 +70,33 @@ def test_zstd_hurries_through_noise_and_comes_back_for_text() -> None:
     assert len(packets[40]) > 1.2 * len(packets[79])  # the text at a run, and as it should be
 
 
+def near_repeats(chance: random.Random, every: int) -> bytes:
+    """Noise in which 48 bytes come again *every* so many."""
+    again = chance.randbytes(48)
+    return b"".join(chance.randbytes(every - 48) + again for _ in range(128 * 4096 // every))
+
+
+@pytest.mark.parametrize("every", [64, 128, 256, 512, 1024, 2048, 4096])
+def test_zstd_rushes_only_as_far_as_it_costs_next_to_nothing(every: int) -> None:
+    """Between noise, through which it rushes, and text there is what needs a closer look."""
+    chance = random.Random(every)
+    compressor, decompressor = ends("zstd")
+    packets = []
+    for _ in range(20):
+        data = near_repeats(chance, every)
+        packets.append(compressor.compress(data))
+        assert decompressor.decompress(packets[-1], len(data)) == data
+    assert len(packets[19]) < 1.04 * len(packets[0])
+
+
+def test_zstd_rushes_through_noise() -> None:
+    """It then finds where the noise ends a little late, and only then."""
+    chance = random.Random(10)
+    compressor, _ = ends("zstd")
+    lengths = [len(compressor.compress(pages(chance, 128))) for _ in range(20)]
+    assert lengths[0] < lengths[19] < 1.01 * lengths[0]
+
+
 def test_zlib_leaves_out_its_search_where_only_runs_repeat() -> None:
     """The stream goes on in the same way for the other end, and the lengths show it."""
     chance = random.Random(8)
