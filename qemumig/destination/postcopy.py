@@ -560,7 +560,7 @@ class PostcopyDestination:
             with self._changed:
                 self._preempt_channel = channel
                 self._changed.notify_all()
-            stream = InputStream(channel)
+            stream = InputStream(channel, eager=False)  # the next page comes when the guest has touched it
             stream.peek(1)  # nobody has to wake this thread before there is something to do
             self._listening.wait()
             if self._memory is not None and not self._quit.is_set():

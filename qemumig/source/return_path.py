@@ -64,7 +64,7 @@ class ReturnPath:
     """
 
     def __init__(self, channel: Any, on_end: Callable[[], None] = lambda: None) -> None:
-        self._stream = InputStream(channel)
+        self._stream = InputStream(channel, eager=False)  # what comes is an answer, or asked for by a page fault
         self._on_end = on_end
         self._changed = threading.Condition()
         self._ponged: set[int] = set()

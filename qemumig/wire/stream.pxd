@@ -92,6 +92,7 @@ cdef class InputStream:
     cdef int fd
     cdef int quit_fd
     cdef int error
+    cdef int eager_reads              # tries before going to sleep
     cdef uint8_t *buffer
     cdef size_t capacity
     cdef size_t position              # next byte to consume

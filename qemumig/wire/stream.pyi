@@ -35,10 +35,12 @@ class InputStream:
 
     Reading raises StreamError when the stream ends inside what is read, ChannelError when the channel breaks and
     MigrationCancelled when it was told to quit; *what* names the place in the message.
+
+    *eager*: what comes next is on its way already, so reading is tried again for a moment before going to sleep.
     """
 
     channel: Any
-    def __init__(self, channel: Any) -> None: ...
+    def __init__(self, channel: Any, *, eager: bool = True) -> None: ...
     @property
     def offset(self) -> int:
         """Bytes consumed so far."""

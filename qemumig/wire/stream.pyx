@@ -263,10 +263,11 @@ def seek_in(channel, fd, position, whence):
 
 
 cdef class InputStream:
-    """Bytes from *channel*: an object with `read_fd`, `quit_fd` (an eventfd) and `kind` (for messages)."""
+    """Bytes from *channel*; see stream.pyi."""
 
-    def __cinit__(self, channel):
+    def __cinit__(self, channel, *, bint eager=True):
         self.channel = channel
+        self.eager_reads = EAGER_READS if eager else 0
         self.carrier = getattr(channel, "carrier", None)
         self.fd = channel.read_fd
         self.quit_fd = channel.quit_fd
@@ -315,7 +316,7 @@ cdef class InputStream:
             if errno != EAGAIN:
                 self.error = errno
                 return STREAM_FAILED
-            if tries < EAGER_READS:
+            if tries < self.eager_reads:
                 tries += 1
                 continue
             status = wait_for(self.fd, POLLIN, self.quit_fd)
