@@ -1,7 +1,7 @@
 from typing import Any
 
 class Splice:
-    """Sends memory over *channel*, a socket of this host's own (an object with `write_fd`, `quit_fd`, `kind` and `name`).
+    """Sends memory over *channel*: an object with `write_fd`, a socket of TCP or Unix, `quit_fd`, `kind` and `name`.
 
     ChannelError when there is no pipe to be had.
     """

@@ -100,14 +100,14 @@ class PageFiles:
 
 
 class Stride:
-    """How many bytes to move between two moments in which all threads wait for each other: what STRIDE_S is enough for."""
+    """How many bytes of memory to go through before all threads wait for each other: what STRIDE_S is enough for."""
 
     def __init__(self) -> None:
         self.bytes = SHORTEST_STRIDE
 
-    def learn(self, moved: int, start_s: float) -> None:
-        """*moved* bytes took from *start_s* (time.monotonic) until now."""
-        allowed = int(moved * STRIDE_S / max(time.monotonic() - start_s, 1e-6))
+    def learn(self, done: int, start_s: float) -> None:
+        """To go through *done* bytes took from *start_s* (time.monotonic) until now."""
+        allowed = int(done * STRIDE_S / max(time.monotonic() - start_s, 1e-6))
         self.bytes = max(SHORTEST_STRIDE, min(allowed, LONGEST_STRIDE)) // SHORTEST_STRIDE * SHORTEST_STRIDE
 
 
@@ -195,9 +195,9 @@ class MappedRamSource(RamSource):
         return self._stride.bytes
 
     def _send_step(self, limit: int) -> bool:
-        sent, start_s = self.sent_bytes, time.monotonic()
-        is_clean = self.sender.send(limit, -(-self.step_bytes // TARGET_PAGE_SIZE))
-        self._stride.learn(self.sent_bytes - sent, start_s)
+        handled, start_s = self.sender.handled_pages, time.monotonic()
+        is_clean = self.sender.send(limit, self.step_bytes // TARGET_PAGE_SIZE)
+        self._stride.learn((self.sender.handled_pages - handled) * TARGET_PAGE_SIZE, start_s)
         return is_clean
 
     def write_entry(self, block: RAMBlock) -> None:
@@ -258,9 +258,8 @@ class MappedLoader:
         while first < block.pages:
             end, start_s = min(first + stride.bytes // TARGET_PAGE_SIZE, block.pages), time.monotonic()
             ranges = Ranges((at, min(RANGE_PAGES, end - at)) for at in range(first, end, RANGE_PAGES))
-            came = sum(self._files.run(partial(region.read, landing=self._landing, block_index=index, ranges=ranges)))
-            stride.learn(came * TARGET_PAGE_SIZE, start_s)
-            loaded += came
+            loaded += sum(self._files.run(partial(region.read, landing=self._landing, block_index=index, ranges=ranges)))
+            stride.learn((end - first) * TARGET_PAGE_SIZE, start_s)
             first = end
             self._look_round()
         self._stream.go_to(region.pages_offset + block.used_length)
