@@ -12,6 +12,9 @@ Holds     (1) a second instance can connect as soon as this one accepts its firs
 
 from __future__ import annotations
 
+from . import without_ssl  # noqa: F401  # before anybody imports asyncio
+
+# isort: split
 import asyncio
 import gc
 import sys

@@ -148,3 +148,17 @@ def test_importing_the_command_line_does_not_load_the_machine():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "qemumig.savevm" not in loaded
     assert "qemumig.source" not in loaded
+
+
+@pytest.mark.parametrize(("first", "has_ssl"), [("", False), ("import ssl, asyncio; ", True)])
+def test_importing_the_command_line_loads_no_tls_that_nobody_asked_for(first, has_ssl):
+    code = (
+        f"{first}import sys, kvm.main, asyncio.sslproto as sslproto; print('_ssl' in sys.modules, sslproto.ssl is not None)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded == f"{has_ssl} {has_ssl}\n"
+
+
+def test_python_has_its_tls_for_who_asks_later():
+    code = "import kvm.main, ssl; print(ssl.create_default_context().protocol.name)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "PROTOCOL_TLS_CLIENT\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any
 
 from qemumig.commands.command import CommandError
@@ -179,6 +178,8 @@ def parameter_value(parameter: Parameter, text: str) -> Any:
 
 def bandwidth(text: str) -> int:
     """Bytes a second; a number without a unit counts mebibytes, fractions are rounded."""
+    from fractions import Fraction  # only here: it brings decimal with it
+
     match = _BANDWIDTH.fullmatch(text)
     if match is None:
         raise CommandError(f"Invalid size {text}")
