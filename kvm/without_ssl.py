@@ -1,8 +1,7 @@
 """asyncio without Python's ssl, which it imports for protocols of its own that nothing here speaks.
 
 TLS is qemumig/channels/openssl.py, which loads the library only when an object asks for it.  Python's would be 4 MiB more
-in every process, and a quarter of the time that the program takes to start.  This module has to be imported first; where
-ssl is there already, nothing is saved and nothing is lost.
+in every process.  This module has to be imported first; where ssl is there already, nothing is saved and nothing is lost.
 """
 
 import sys
