@@ -353,7 +353,6 @@ cdef class Sender:
 
     cdef int send_references(self, const Batch *batch) noexcept nogil:
         """Send the packet; its data by reference."""
-        self.out.offset += MULTIFD_HEADER_SIZE + self.packet.data_size
         return self.splice.send(self.header, MULTIFD_HEADER_SIZE, self.pages, self.list_pages(batch))
 
     cdef int list_pages(self, const Batch *batch) noexcept nogil:
@@ -437,8 +436,6 @@ cdef class Sender:
                 )
             if self.zero_copy is not None and self.zero_copy.error:
                 self.zero_copy.raise_on(self.stream_status)
-            if self.splice is not None and self.splice.error:
-                self.splice.raise_on(self.stream_status)
             self.out.raise_on(self.stream_status)
         except MigrationError as error:
             self.dispatch.fail(error)

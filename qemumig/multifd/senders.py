@@ -75,17 +75,17 @@ class Senders:
             sender.compress_with(self._method.flag, self._method.compressor(self._level))
         elif self._zero_copy:
             sender.send_uncopied_by(ZeroCopy(channel))
-        elif by_reference and (splice := self._new_splice(channel)) is not None:
+        elif by_reference and (splice := self._new_splice(sender.out, channel)) is not None:
             sender.send_references_by(splice)
         elif shares_core:
             channel.share_core()
 
-    def _new_splice(self, channel: Channel) -> Splice | None:
-        """A splice over *channel*; None where there is none to be had: then pages are copied."""
+    def _new_splice(self, out: OutputStream, channel: Channel) -> Splice | None:
+        """A splice over *channel*, whose stream is *out*; None where there is none to be had: then pages are copied."""
         if not channel.takes_references:
             return None
         try:
-            splice = Splice(channel)
+            splice = Splice(out)
         except ChannelError as refusal:  # no descriptors left, say
             trace.multifd_send_copies(channel.name, str(refusal))
             return None

@@ -16,6 +16,7 @@ read long after it was sent:
 Threads   the channel's; no GIL but at the door.
 Holds     (1) the pipe is empty between two packets
           (2) nothing but guest memory goes by reference; headers are copied
+          (3) an error is the stream's, as if it had written itself
 """
 
 import os
@@ -23,9 +24,9 @@ import os
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t
 
-from ..errors import ChannelError, MigrationCancelled
+from ..errors import ChannelError
 from ..wire.format cimport MULTIFD_PACKET_PAGES, TARGET_PAGE_SIZE
-from ..wire.stream cimport STREAM_CANCELLED, STREAM_FAILED, STREAM_OK, iovec, wait_for
+from ..wire.stream cimport STREAM_FAILED, STREAM_OK, OutputStream, iovec, wait_for
 
 cdef extern from "<fcntl.h>" nogil:
     ssize_t vmsplice(int fd, const iovec *iov, size_t count, unsigned int flags)
@@ -48,17 +49,16 @@ cdef enum:
 cdef class Splice:
     """Sends memory by reference; see splice.pyi."""
 
-    def __cinit__(self, channel):
-        self.pipe_in = self.pipe_out = -1
-        self.channel = channel
-        self.fd = channel.write_fd
-        self.quit_fd = channel.quit_fd
+    def __cinit__(self, OutputStream out not None):
+        channel = out.channel
+        self.out = out
         try:
             self.pipe_out, self.pipe_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ChannelError(
                 f"no pipe for {channel.kind} '{channel.name}': {error.strerror}", channel=channel.name, errno=error.errno
             ) from error
+        self.is_open = True
         fcntl(self.pipe_in, F_SETPIPE_SZ, <int> PIPE_SIZE)  # refused where pipes are many: then packets go in pieces
 
     def __dealloc__(self):
@@ -66,15 +66,15 @@ cdef class Splice:
 
     def close(self):
         """Give the pipe back; see splice.pyi."""
-        if self.pipe_in >= 0:
+        if self.is_open:
+            self.is_open = False
             os.close(self.pipe_in)
             os.close(self.pipe_out)
-            self.pipe_in = self.pipe_out = -1
 
     # ---- the engine ----
 
     cdef int send(self, const uint8_t *header, size_t length, iovec *iov, int count) noexcept nogil:
-        """Send *header*, at most a page, and all of the list, which is used up by that."""
+        """Send *header*, at most a page, and all of the list, which is used up by that; nothing is pending in the stream."""
         cdef int status = self.put_header(header, length)
         while status == STREAM_OK and (count or self.inside):
             status = self.put_pages(&iov, &count)
@@ -119,33 +119,25 @@ cdef class Splice:
         cdef int status
         cdef unsigned int flags = SPLICE_F_NONBLOCK | (SPLICE_F_MORE if more else 0)
         while self.inside:
-            moved = splice(self.pipe_out, NULL, self.fd, NULL, self.inside, flags)
+            moved = splice(self.pipe_out, NULL, self.out.fd, NULL, self.inside, flags)
             if moved > 0:
                 self.inside -= moved
+                self.out.offset += moved
                 continue
             if moved < 0 and errno == EINTR:
                 continue
             if moved < 0 and errno != EAGAIN:
                 return self.fail(errno)
-            status = wait_for(self.fd, POLLOUT, self.quit_fd)
+            status = wait_for(self.out.fd, POLLOUT, self.out.quit_fd)
             if status != STREAM_OK:
                 return self.fail(errno) if status == STREAM_FAILED else status
         return STREAM_OK
 
     cdef int fail(self, int error) noexcept nogil:
-        self.error = error
+        self.out.error = error
         return STREAM_FAILED
 
     # ---- the door ----
-
-    cdef int raise_on(self, int status) except -1:
-        if status == STREAM_OK:
-            return 0
-        if status == STREAM_CANCELLED:
-            raise MigrationCancelled("the migration was cancelled")
-        raise ChannelError(
-            f"Unable to write to {self.channel.kind}: {os.strerror(self.error)}", channel=self.channel.name, errno=self.error
-        )
 
     def send_pages(self, const uint8_t[::1] header not None, const uint8_t[::1] memory not None):
         """Send *header* and *memory*; see splice.pyi."""
@@ -156,4 +148,4 @@ cdef class Splice:
         iov.iov_base, iov.iov_len = <void *> &memory[0], memory.shape[0]
         with nogil:
             status = self.send(&header[0], header.shape[0], &iov, 1)
-        self.raise_on(status)
+        self.out.raise_on(status)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from qemumig.channels.address import InetAddress
-from qemumig.channels.channel import Channel
 from qemumig.errors import ChannelError
 from qemumig.multifd import arrivals, senders
 from qemumig.multifd.packet import encode_init
 from qemumig.multifd.splice import Splice
 from qemumig.ram.live import RamSource
 from qemumig.ram.live_multifd import MultifdRamSource
+from qemumig.wire.stream import OutputStream
 from tests.qemumig.channels.pki import x509_directory
 from tests.support.links import Fault, Links
 from tests.support.pair import Pair, wait_for
@@ -102,7 +102,7 @@ def test_pages_go_by_reference_only_where_the_destination_answers(
 ) -> None:
     """Without an answer the guest might go on here while the network still reads its pages."""
     made: list[Splice] = []
-    monkeypatch.setattr(senders, "Splice", lambda channel: made.append(Splice(channel)) or made[-1])
+    monkeypatch.setattr(senders, "Splice", lambda out: made.append(Splice(out)) or made[-1])
     with multifd_pair(capabilities={"return-path": returns}, running=running) as pair:
         pair.migrate()
         assert pair.statuses == ("completed", "completed")
@@ -114,8 +114,8 @@ def test_pages_go_by_reference_only_where_the_destination_answers(
 
 
 def test_pages_are_copied_when_there_are_no_pipes_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(channel: Channel) -> Splice:
-        raise ChannelError("no pipe", channel=channel.name)
+    def refuse(out: OutputStream) -> Splice:
+        raise ChannelError("no pipe")
 
     monkeypatch.setattr(senders, "Splice", refuse)
     with recorded(tmp_path, "multifd_send_copies") as lines, multifd_pair() as pair:

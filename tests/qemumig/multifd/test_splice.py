@@ -9,35 +9,17 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-from qemumig.channels.channel import QuitEvent, SocketChannel
 from qemumig.errors import ChannelError, MigrationCancelled
 from qemumig.multifd.splice import Splice
+from qemumig.wire.stream import OutputStream
+
+from .connection import connection
 
 PAGE = 4096
 MIB = 1 << 20
-
-
-@contextlib.contextmanager
-def connection(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[SocketChannel, socket.socket, QuitEvent]]:
-    """A channel that takes references, and the other end of it."""
-    alarm = QuitEvent()
-    if family == socket.AF_UNIX:
-        near, far = socket.socketpair()
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            near = socket.create_connection(listener.getsockname())
-            far, _ = listener.accept()
-    channel = SocketChannel("near", near, alarm.fd)
-    assert channel.takes_references
-    try:
-        yield channel, far, alarm
-    finally:
-        for end in (channel, far, alarm):
-            end.close()
 
 
 def read_to_end(far: socket.socket, got: bytearray) -> None:
@@ -64,7 +46,9 @@ def test_headers_and_pages_arrive_in_order(family: socket.AddressFamily, pipe_si
     expected, got = bytearray(), bytearray()
     with connection(family) as (channel, far, _), memoryview(memory) as view:
         before = pipes()
-        splice = Splice(channel)
+        assert channel.takes_references
+        out = OutputStream(channel)
+        splice = Splice(out)
         ends = pipes() - before
         assert len(ends) == 2
         if pipe_size:  # as where pipes are many and the kernel gives less
@@ -80,6 +64,7 @@ def test_headers_and_pages_arrive_in_order(family: socket.AddressFamily, pipe_si
             pages.release()
         channel.finish()
         reader.join()
+        assert out.offset == len(expected)
         splice.close()
         assert pipes() == before
     assert got == expected
@@ -91,7 +76,7 @@ def test_a_page_that_changes_under_way_is_sent_by_reference() -> None:
     memory = mmap.mmap(-1, PAGE)
     memory[:] = b"a" * PAGE
     with connection() as (channel, far, _):
-        splice = Splice(channel)
+        splice = Splice(OutputStream(channel))
         with memoryview(memory) as view:
             splice.send_pages(b"head", view)
         memory[:] = b"b" * PAGE
@@ -105,7 +90,7 @@ def test_a_page_that_changes_under_way_is_sent_by_reference() -> None:
 
 def test_a_stalled_reader_is_waited_for_until_told_to_quit() -> None:
     with connection() as (channel, _, alarm):
-        splice = Splice(channel)
+        splice = Splice(OutputStream(channel))
         timer = threading.Timer(0.05, alarm.set)
         timer.start()
         with pytest.raises(MigrationCancelled):
@@ -118,7 +103,7 @@ def test_a_stalled_reader_is_waited_for_until_told_to_quit() -> None:
 @pytest.mark.parametrize("how", ["reset", "shutdown"])
 def test_a_connection_that_breaks_ends_the_wait(how: str) -> None:
     with connection() as (channel, far, _):
-        splice = Splice(channel)
+        splice = Splice(OutputStream(channel))
         far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         timer = threading.Timer(0.05, far.close if how == "reset" else channel.shutdown)
         timer.start()
@@ -135,4 +120,11 @@ def test_what_is_no_packet_is_refused(header: bytes, memory: bytes) -> None:
         connection() as (channel, _, _),
         pytest.raises(ValueError, match=f"a header of {len(header)} bytes before {len(memory)}"),
     ):
-        Splice(channel).send_pages(header, bytearray(memory))
+        Splice(OutputStream(channel)).send_pages(header, bytearray(memory))
+
+
+def test_one_that_was_never_made_closes_nothing() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(TypeError):
+        Splice(None)  # type: ignore[arg-type]
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,23 +16,9 @@ from qemumig.channels.channel import Channel, QuitEvent, SocketChannel
 from qemumig.errors import ChannelError, MigrationCancelled
 from qemumig.multifd.zerocopy import ZeroCopy
 
+from .connection import connection
+
 MIB = 1 << 20
-
-
-@contextlib.contextmanager
-def connection(family: socket.AddressFamily = socket.AF_INET) -> Iterator[tuple[SocketChannel, socket.socket, QuitEvent]]:
-    """A channel over TCP on loopback, and the other end of it."""
-    alarm = QuitEvent()
-    address = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}[family]
-    with socket.create_server((address, 0), family=family) as listener:
-        near = socket.create_connection(listener.getsockname()[:2])
-        far, _ = listener.accept()
-    channel = SocketChannel("near", near, alarm.fd)
-    try:
-        yield channel, far, alarm
-    finally:
-        for end in (channel, far, alarm):
-            end.close()
 
 
 def drain(far: socket.socket, length: int) -> bytes:
