@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -44,5 +45,7 @@ class Diagnostics:
             now = datetime.now(UTC)
             line = f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {line}"
         # One write a line, so that lines of several threads do not mix; surrogates stand for odd bytes of argv.
-        sys.stderr.buffer.write(os.fsencode(line + "\n"))
-        sys.stderr.buffer.flush()
+        # Nobody may be there to read it: what the program was about to do, it does all the same.
+        with contextlib.suppress(OSError):
+            sys.stderr.buffer.write(os.fsencode(line + "\n"))
+            sys.stderr.buffer.flush()

@@ -211,6 +211,16 @@ def test_a_signal_ends_it_cleanly_and_says_who_sent_it(directory, number):
 
 
 @needs_kvm
+def test_a_signal_ends_it_when_nobody_reads_what_it_says(directory):
+    with system(directory) as vm:
+        vm.process.stderr.close()
+        vm.process.send_signal(signal.SIGTERM)
+        assert vm.event("SHUTDOWN")
+        assert vm.process.wait(PATIENCE_S) == 0
+        assert sorted(os.listdir(directory)) == ["vm.serial"]
+
+
+@needs_kvm
 def test_quit_is_answered_before_the_connection_ends(directory):
     with system(directory, "vm", "-pidfile", directory / "pid") as vm:
         assert (directory / "pid").read_text() == f"{vm.process.pid}\n"
