@@ -1,3 +1,5 @@
+from array import array
+
 IMPLEMENTATIONS: tuple[str, ...]
 """Names of the twins that this processor can run, the widest last."""
 IMPLEMENTATION: str
@@ -20,10 +22,13 @@ def update(
     page: bytes | bytearray | memoryview,
     delta: bytearray | memoryview,
     implementation: str | None = None,
+    filled: array[int] | None = None,
 ) -> int:
     """Bring *seen* up to *page*; returns the length of what was written into *delta*.
 
     0: no byte differed; −1: *delta* is too short, and holds nothing of use.  *seen* equals *page* in each case.
+    *filled*: four words of 64 bits, one for each whole block of 64 bytes of *seen*; 0: the block is zero, and not read.
+    Bits of blocks that change are brought up to date.
     """
 
 def decode(

@@ -15,6 +15,9 @@ The encoder brings its own copy of the page up to date while it looks for differ
 into a register, is compared, and only if it differs written to the copy, whence the delta takes its bytes.  So guest
 memory is read once, and what was encoded is what the copy holds, even if the guest writes at the same time.
 
+A page that changes little costs what it costs to read it and its copy.  So which blocks of the copy are zero is kept
+beside it, a bit a block, and those are not read: many pages of a guest are not full.
+
 Three twins of each: plain C, AVX2 and AVX-512; the widest that the processor has is chosen when the module is loaded.
 They differ in how a block is compared and how a run of middle length is copied, and in nothing else.
 
@@ -22,10 +25,11 @@ Holds  (1) decode(encode(old, new), old) == new; the copy equals what was encode
        (2) never reads past either page or the delta, never writes past `limit` or the page
        (3) runs are maximal, as QEMU's: the delta is the same byte for byte
        (4) the twins agree on every input, faults included (tests/qemumig/encode/test_xbzrle.py)
+       (5) a block of the copy whose bit in `filled` is 0 is zero, before and after
 """
 
-from libc.stdint cimport uint8_t
-from libc.string cimport memcpy
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memset
 
 from ..errors import StreamError
 
@@ -35,17 +39,19 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
 
-    #define BLOCK 64                                /* bytes that one word of marks stands for */
+    #define BLOCK XBZRLE_BLOCK                      /* bytes that one word of marks stands for */
     #define MAX_BLOCKS (0x3FFF / BLOCK + 1)
     #define WIDEST "avx512f,avx512bw,bmi,bmi2"
 
     /* What was loaded from guest memory stays what it is: without this a compiler may load it a second time. */
     #define LOADED_ONCE(value, where) __asm__ volatile("" : "+" where(value))
 
-    typedef uint64_t MarkBlock(uint8_t *seen, const uint8_t *page);
+    static const uint8_t zero_block[BLOCK] __attribute__((aligned(BLOCK)));
+
+    typedef uint64_t MarkBlock(uint8_t *seen, const uint8_t *old, const uint8_t *page);
     typedef void CopyRun(uint8_t *target, const uint8_t *source, size_t length);
 
-    /* ---- blocks: which of 64 bytes differ?  Those of the page are kept in `seen`. ---- */
+    /* ---- blocks: which of 64 bytes of the page differ from `old`?  If any does, `seen` becomes the page's. ---- */
 
     static inline uint64_t nonzero_bytes(uint64_t word)
     {
@@ -54,47 +60,47 @@ cdef extern from *:
         return ((tops >> 7) * 0x0102040810204080) >> 56;           /* the eight bits, moved next to each other */
     }
 
-    static inline uint64_t mark_plain(uint8_t *seen, const uint8_t *page)
+    static inline uint64_t mark_plain(uint8_t *seen, const uint8_t *old, const uint8_t *page)
     {
-        uint64_t now[8], old[8], any = 0, mark = 0;
-        memcpy(old, seen, BLOCK);
+        uint64_t now[8], then[8], any = 0, mark = 0;
+        memcpy(then, old, BLOCK);
         for (int k = 0; k < 8; k++) {
             memcpy(&now[k], page + 8 * k, 8);
             LOADED_ONCE(now[k], "r");
-            any |= now[k] ^ old[k];
+            any |= now[k] ^ then[k];
         }
         if (!any)
             return 0;
         for (int k = 0; k < 8; k++)
-            mark |= nonzero_bytes(now[k] ^ old[k]) << (8 * k);
+            mark |= nonzero_bytes(now[k] ^ then[k]) << (8 * k);
         memcpy(seen, now, BLOCK);
         return mark;
     }
 
     __attribute__((target("avx2")))
-    static inline uint64_t mark_avx2(uint8_t *seen, const uint8_t *page)
+    static inline uint64_t mark_avx2(uint8_t *seen, const uint8_t *old, const uint8_t *page)
     {
-        __m256i *old = (__m256i *)seen;
+        const __m256i *then = (const __m256i *)old;
         __m256i low = _mm256_loadu_si256((const __m256i *)page);
         __m256i high = _mm256_loadu_si256((const __m256i *)page + 1);
         LOADED_ONCE(low, "x");
         LOADED_ONCE(high, "x");
-        uint32_t low_same = _mm256_movemask_epi8(_mm256_cmpeq_epi8(low, _mm256_loadu_si256(old)));
-        uint32_t high_same = _mm256_movemask_epi8(_mm256_cmpeq_epi8(high, _mm256_loadu_si256(old + 1)));
+        uint32_t low_same = _mm256_movemask_epi8(_mm256_cmpeq_epi8(low, _mm256_loadu_si256(then)));
+        uint32_t high_same = _mm256_movemask_epi8(_mm256_cmpeq_epi8(high, _mm256_loadu_si256(then + 1)));
         uint64_t mark = ~((uint64_t)high_same << 32 | low_same);
         if (mark) {
-            _mm256_storeu_si256(old, low);
-            _mm256_storeu_si256(old + 1, high);
+            _mm256_storeu_si256((__m256i *)seen, low);
+            _mm256_storeu_si256((__m256i *)seen + 1, high);
         }
         return mark;
     }
 
     __attribute__((target(WIDEST)))
-    static inline uint64_t mark_avx512(uint8_t *seen, const uint8_t *page)
+    static inline uint64_t mark_avx512(uint8_t *seen, const uint8_t *old, const uint8_t *page)
     {
         __m512i now = _mm512_loadu_si512(page);
         LOADED_ONCE(now, "v");
-        uint64_t mark = _mm512_cmpneq_epi8_mask(now, _mm512_loadu_si512(seen));
+        uint64_t mark = _mm512_cmpneq_epi8_mask(now, _mm512_loadu_si512(old));
         if (mark)
             _mm512_storeu_si512(seen, now);
         return mark;
@@ -109,6 +115,23 @@ cdef extern from *:
             seen[i] = now;
         }
         return mark;
+    }
+
+    /* Keep in `filled` whether block number `block`, which lies at `content`, has a byte that is not zero. */
+    static inline void note_filled(uint64_t *filled, size_t block, const uint8_t *content)
+    {
+        uint64_t bit = (uint64_t)1 << block % 64, words[8], any = 0;
+        memcpy(words, content, BLOCK);
+        for (int k = 0; k < 8; k++)
+            any |= words[k];
+        filled[block / 64] = any ? filled[block / 64] | bit : filled[block / 64] & ~bit;
+    }
+
+    static void keep_page(uint8_t *seen, const uint8_t *page, size_t length, uint64_t *filled)
+    {
+        memcpy(seen, page, length);
+        for (size_t block = 0; block < length / BLOCK; block++)
+            note_filled(filled, block, seen + block * BLOCK);
     }
 
     /* ---- runs: mostly a few bytes, for which a call of memcpy costs more than the copy ---- */
@@ -185,72 +208,89 @@ cdef extern from *:
 
     static inline size_t number_length(size_t value) { return value < 0x80 ? 1 : 2; }
 
-    /* `marks` ends with a word of 0, so a run that reaches the end of the page is found to end there. */
+    /* `changed`: the blocks that have a mark, in order.  `marks` ends with a word of 0, so a run that reaches the end of
+       the page is found to end there. */
     __attribute__((always_inline))
-    static inline int write_runs(const uint64_t *marks, size_t blocks, const uint8_t *page, size_t length,
-                                 uint8_t *delta, size_t limit, CopyRun *copy)
+    static inline int write_runs(const uint64_t *marks, const uint16_t *changed, size_t count, const uint8_t *page,
+                                 size_t length, uint8_t *delta, size_t limit, CopyRun *copy)
     {
         uint8_t *to = delta;
-        size_t block = 0, position = 0;
-        uint64_t word = marks[0];
-        for (;;) {
-            while (!word) {
-                if (++block >= blocks) {
-                    /* QEMU wants room for two more numbers as long as bytes are left, even if all of them are equal. */
-                    int too_big = position < length && limit - (to - delta) < 2;
-                    return too_big ? -1 : (int)(to - delta);
-                }
-                word = marks[block];
-            }
-            size_t start = block * BLOCK + __builtin_ctzll(word);
-            word |= word - 1;                          /* as if the bits below the run were part of it … */
-            while (word == ~(uint64_t)0)
-                word = marks[++block];
-            size_t end = block * BLOCK + __builtin_ctzll(~word);
-            word &= word + 1;                          /* … and all of that is done with */
-            size_t equal = start - position, changed = end - start;
-            if (number_length(equal) + number_length(changed) + changed > limit - (to - delta))
-                return -1;
-            to = put_number(put_number(to, equal), changed);
-            copy(to, page + start, changed);
-            to += changed;
-            position = end;
+        size_t position = 0, next = 0;
+        while (next < count) {
+            size_t block = changed[next];
+            uint64_t word = marks[block];
+            do {
+                size_t start = block * BLOCK + __builtin_ctzll(word);
+                word |= word - 1;                      /* as if the bits below the run were part of it … */
+                while (word == ~(uint64_t)0)
+                    word = marks[++block];
+                size_t end = block * BLOCK + __builtin_ctzll(~word);
+                word &= word + 1;                      /* … and all of that is done with */
+                size_t equal = start - position, run = end - start;
+                if (number_length(equal) + number_length(run) + run > limit - (to - delta))
+                    return -1;
+                to = put_number(put_number(to, equal), run);
+                copy(to, page + start, run);
+                to += run;
+                position = end;
+            } while (word);
+            while (++next < count && changed[next] <= block)       /* the last run went through them */
+                ;
         }
+        /* QEMU wants room for two more numbers as long as bytes are left, even if all of them are equal. */
+        int too_big = position < length && limit - (to - delta) < 2;
+        return too_big ? -1 : (int)(to - delta);
     }
 
     __attribute__((always_inline))
-    static inline int encode(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit,
-                             MarkBlock *mark_block, CopyRun *copy)
+    static inline int encode(uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length,
+                             uint8_t *delta, size_t limit, MarkBlock *mark_block, CopyRun *copy)
     {
-        uint64_t marks[MAX_BLOCKS + 1], any = 0;
-        size_t blocks = length / BLOCK, rest = length % BLOCK;
-        for (size_t block = 0; block < blocks; block++)
-            any |= marks[block] = mark_block(seen + block * BLOCK, page + block * BLOCK);
+        uint64_t marks[MAX_BLOCKS + 1];
+        uint16_t changed[MAX_BLOCKS];
+        size_t count = 0, blocks = length / BLOCK, rest = length % BLOCK;
+        const uint8_t *zeroes = zero_block;
+        LOADED_ONCE(zeroes, "r");                      /* or the compiler chooses by a branch that cannot be foreseen */
+        for (size_t block = 0; block < blocks; block++) {
+            uint8_t *target = seen + block * BLOCK;
+            uintptr_t whether = -(uintptr_t)(filled[block / 64] >> block % 64 & 1);
+            const uint8_t *old = zeroes + ((uintptr_t)(target - zeroes) & whether);
+            marks[block] = mark_block(target, old, page + block * BLOCK);
+            if (marks[block]) {
+                changed[count++] = block;
+                note_filled(filled, block, target);
+            }
+        }
         if (rest) {
-            any |= marks[blocks] = mark_rest(seen + blocks * BLOCK, page + blocks * BLOCK, rest);
+            marks[blocks] = mark_rest(seen + blocks * BLOCK, page + blocks * BLOCK, rest);
+            if (marks[blocks])
+                changed[count++] = blocks;
             blocks++;
         }
-        if (!any)
+        if (!count)
             return 0;
         marks[blocks] = 0;
-        return write_runs(marks, blocks, seen, length, delta, limit, copy);
+        return write_runs(marks, changed, count, seen, length, delta, limit, copy);
     }
 
-    static int encode_plain(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit)
+    static int encode_plain(uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length,
+                            uint8_t *delta, size_t limit)
     {
-        return encode(seen, page, length, delta, limit, mark_plain, copy_plain);
+        return encode(seen, filled, page, length, delta, limit, mark_plain, copy_plain);
     }
 
     __attribute__((target("avx2")))
-    static int encode_avx2(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit)
+    static int encode_avx2(uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length,
+                           uint8_t *delta, size_t limit)
     {
-        return encode(seen, page, length, delta, limit, mark_avx2, copy_avx2);
+        return encode(seen, filled, page, length, delta, limit, mark_avx2, copy_avx2);
     }
 
     __attribute__((target(WIDEST)))
-    static int encode_avx512(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit)
+    static int encode_avx512(uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length,
+                             uint8_t *delta, size_t limit)
     {
-        return encode(seen, page, length, delta, limit, mark_avx512, copy_avx512);
+        return encode(seen, filled, page, length, delta, limit, mark_avx512, copy_avx512);
     }
 
     /* ---- the decoder ---- */
@@ -351,12 +391,19 @@ cdef extern from *:
         RULE_SKIP_PAST_END
         RULE_EMPTY_RUN
         RULE_RUN_PAST_END
-    int encode_plain(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit) noexcept nogil
-    int encode_avx2(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit) noexcept nogil
-    int encode_avx512(uint8_t *seen, const uint8_t *page, size_t length, uint8_t *delta, size_t limit) noexcept nogil
+    int encode_plain(
+        uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length, uint8_t *delta, size_t limit
+    ) noexcept nogil
+    int encode_avx2(
+        uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length, uint8_t *delta, size_t limit
+    ) noexcept nogil
+    int encode_avx512(
+        uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length, uint8_t *delta, size_t limit
+    ) noexcept nogil
     int patch_plain(uint8_t *page, size_t size, const uint8_t *delta, size_t length, DeltaFault *fault) noexcept nogil
     int patch_avx2(uint8_t *page, size_t size, const uint8_t *delta, size_t length, DeltaFault *fault) noexcept nogil
     int patch_avx512(uint8_t *page, size_t size, const uint8_t *delta, size_t length, DeltaFault *fault) noexcept nogil
+    void keep_page(uint8_t *seen, const uint8_t *page, size_t length, uint64_t *filled) noexcept nogil
     bint has_avx2() noexcept nogil
     bint has_widest() noexcept nogil
 
@@ -375,6 +422,10 @@ IMPLEMENTATION = IMPLEMENTATIONS[len(IMPLEMENTATIONS) - 1]
 
 cdef DeltaEncoder encode_delta = <DeltaEncoder> <size_t> encoders[IMPLEMENTATION]
 cdef DeltaDecoder apply_delta = <DeltaDecoder> <size_t> decoders[IMPLEMENTATION]
+
+
+cdef void insert_page(uint8_t *seen, uint64_t *filled, const uint8_t *page, size_t length) noexcept nogil:
+    keep_page(seen, page, length, filled)
 
 
 cdef str fault_text(const DeltaFault *fault, size_t size, size_t length):
@@ -417,17 +468,28 @@ def encode(const uint8_t[::1] old not None, const uint8_t[::1] new not None, siz
 
 
 def update(
-    uint8_t[::1] seen not None, const uint8_t[::1] page not None, uint8_t[::1] delta not None, str implementation=None
+    uint8_t[::1] seen not None,
+    const uint8_t[::1] page not None,
+    uint8_t[::1] delta not None,
+    str implementation=None,
+    uint64_t[::1] filled=None,
 ):
     """Bring *seen* up to *page*; returns the length of the delta; see xbzrle.pyi."""
     cdef DeltaEncoder encoder = <DeltaEncoder> twin(encoders, implementation or IMPLEMENTATION)
     cdef size_t length = page.shape[0], limit = delta.shape[0]
     cdef uint8_t nothing = 0
     cdef uint8_t *to = &delta[0] if limit else &nothing
+    cdef uint64_t[XBZRLE_FILLED_WORDS] all_filled
+    cdef uint64_t *bits = &all_filled[0]
     cdef int result
     check_lengths(seen.shape[0], length)
+    if filled is not None and filled.shape[0] != XBZRLE_FILLED_WORDS:
+        raise ValueError(f"{filled.shape[0]} words of bits, expected {XBZRLE_FILLED_WORDS}")
+    memset(all_filled, 0xFF, sizeof(all_filled))
+    if filled is not None:
+        bits = &filled[0]
     with nogil:
-        result = encoder(&seen[0], &page[0], length, to, limit)
+        result = encoder(&seen[0], bits, &page[0], length, to, limit)
     return result
 
 

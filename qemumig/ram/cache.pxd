@@ -10,6 +10,7 @@ cdef enum CacheVerdict:
 cdef struct Slot:
     uint64_t holds                # number of the page, plus one; 0: nothing yet
     uint64_t age                  # generation in which it was last sent or seen
+    uint64_t filled               # a bit for each block of 64 bytes of the copy; 0: the block is zero
 
 cdef struct Verdict:
     const uint8_t *page           # SEND_PAGE: the bytes to send
@@ -38,6 +39,7 @@ cdef class PageCache:
     cdef int settle(
         self, uint64_t page, const uint8_t *content, uint64_t generation, bint last_stage, Verdict *verdict
     ) noexcept nogil
+    cdef void expect_settle(self, uint64_t index) noexcept nogil
     cdef bint insert_zero(self, uint64_t page, uint64_t generation) noexcept nogil
     cdef void count_delta(self, uint64_t record_bytes) noexcept nogil
     cdef int map_slots(self, uint64_t size) except -1

@@ -20,6 +20,7 @@ A page that goes out whole while the cache has it is sent from the cache's copy:
 and the next delta would not fit what the destination has.
 
 Copies lie in one mapping, huge pages if the kernel gives them, that exists as far as it is used; it never exceeds `size`.
+Beside each is kept which of its blocks are zero: the encoder need not read those, and a zero page need not be written.
 
 Threads   the thread that sends; anyone may read the counters.  No GIL inside.
 Holds     (1) a copy equals what the destination has once everything put on the stream has arrived
@@ -31,7 +32,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from ..encode.xbzrle cimport XBZRLE_TOO_BIG, XBZRLE_UNCHANGED, encode_delta
+from ..encode.xbzrle cimport XBZRLE_TOO_BIG, XBZRLE_UNCHANGED, encode_delta, expect_encoding, insert_page
 from ..errors import OptionError
 from ..wire.format cimport TARGET_PAGE_SIZE
 
@@ -102,14 +103,15 @@ cdef class PageCache:
             self.misses += 1
             verdict.page = content
             if not last_stage and (slot.holds == 0 or slot.age + STAYS <= generation):
-                memcpy(copy, content, TARGET_PAGE_SIZE)
+                insert_page(copy, &slot.filled, content, TARGET_PAGE_SIZE)
                 slot.holds = page + 1
                 slot.age = generation
                 verdict.page = copy
             return SEND_PAGE
         self.hits += 1
         slot.age = generation
-        length = encode_delta(copy, content, TARGET_PAGE_SIZE, verdict.delta, TARGET_PAGE_SIZE)
+        self.expect_settle(index + 1 & self.slot_mask)
+        length = encode_delta(copy, &slot.filled, content, TARGET_PAGE_SIZE, verdict.delta, TARGET_PAGE_SIZE)
         if length == XBZRLE_UNCHANGED:
             return SEND_NOTHING
         if length == XBZRLE_TOO_BIG:
@@ -120,13 +122,19 @@ cdef class PageCache:
         verdict.length = length
         return SEND_DELTA
 
+    cdef inline void expect_settle(self, uint64_t index) noexcept nogil:
+        """The page in slot *index* may be the next: guests write pages that follow each other."""
+        expect_encoding(self.pages + index * TARGET_PAGE_SIZE, self.slots[index].filled)
+
     cdef bint insert_zero(self, uint64_t page, uint64_t generation) noexcept nogil:
         """The page goes out as ZERO: keep that, unless the slot is another page's; True when it is kept."""
         cdef uint64_t index = page & self.slot_mask
         cdef Slot *slot = &self.slots[index]
         if slot.holds != page + 1 and slot.holds != 0 and slot.age + STAYS > generation:
             return False
-        memset(self.pages + index * TARGET_PAGE_SIZE, 0, TARGET_PAGE_SIZE)
+        if slot.filled:
+            memset(self.pages + index * TARGET_PAGE_SIZE, 0, TARGET_PAGE_SIZE)
+            slot.filled = 0
         slot.holds = page + 1
         slot.age = generation
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import random
+from array import array
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,55 @@ def test_the_copy_is_brought_up_to_date_also_when_the_delta_is_too_long(implemen
     assert seen == new
 
 
+BLOCK = 64
+KNOW_NOTHING = [(1 << 64) - 1] * 4
+
+
+def filled_blocks(page: bytes) -> list[bool]:
+    return [any(page[at : at + BLOCK]) for at in range(0, len(page) - BLOCK + 1, BLOCK)]
+
+
+def bits_of(filled: array[int], count: int) -> list[bool]:
+    return [bool(filled[block // 64] >> block % 64 & 1) for block in range(count)]
+
+
+@st.composite
+def sparse_pages(draw: st.DrawFn) -> list[bytes]:
+    """Versions of a page of any length, each block of which is zero, one byte or noise."""
+    length = draw(st.one_of(st.integers(1, 200), st.sampled_from([PAGE, PAGE + 70, 0x3FFF])))
+    rng = random.Random(draw(st.integers(0, 1 << 30)))
+    kinds = [bytes(BLOCK), bytes(BLOCK), b"\1" + bytes(BLOCK - 1), bytes(BLOCK - 1) + b"\x80", rng.randbytes(BLOCK)]
+    return [b"".join(rng.choice(kinds) for _ in range(length // BLOCK + 1))[:length] for _ in range(4)]
+
+
+@given(sparse_pages(), st.booleans())
+def test_zero_blocks_are_known_and_change_no_delta(several: list[bytes], known: bool) -> None:
+    first, *later = several
+    for implementation in IMPLEMENTATIONS:
+        seen, delta = bytearray(first), bytearray(0x4000)
+        filled = array("Q", KNOW_NOTHING)
+        if known:
+            bits = sum(1 << block for block, is_filled in enumerate(filled_blocks(first)) if is_filled)
+            filled = array("Q", bits.to_bytes(32, "little"))
+        for page in later:
+            expected = plain_delta(bytes(seen), page, len(delta)) if seen != page else b""
+            length = update(seen, page, delta, implementation, filled)
+            assert expected is not None
+            assert delta[:length] == expected
+            assert seen == page
+            exact = filled_blocks(page)
+            told = bits_of(filled, len(exact))
+            assert all(bit for bit, is_filled in zip(told, exact, strict=True) if is_filled)
+            assert told == exact or not known
+
+
+@twins
+def test_a_block_that_is_known_to_be_zero_is_not_read(implementation: str) -> None:
+    seen, delta = bytearray(b"\x77" * PAGE), bytearray(PAGE)
+    assert update(seen, ZEROES, delta, implementation, array("Q", [0] * 4)) == 0
+    assert seen == b"\x77" * PAGE
+
+
 @twins
 def test_nothing_is_read_or_written_past_the_end_of_a_mapping(implementation: str) -> None:
     with mmap.mmap(-1, PAGE) as seen, mmap.mmap(-1, PAGE) as page, mmap.mmap(-1, PAGE) as delta:
@@ -275,5 +325,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         encode(bytes(16384), bytes(16384))
     with pytest.raises(ValueError, match="pages of 0 and 0 bytes"):
         decode(bytearray(), b"\0\1x")
+    with pytest.raises(ValueError, match="3 words of bits, expected 4"):
+        update(bytearray(PAGE), ZEROES, bytearray(PAGE), None, array("Q", [0] * 3))
     with pytest.raises(ValueError, match="no delta codec 'mmx'"):
         encode(ZEROES, ZEROES, 4096, "mmx")

@@ -123,7 +123,7 @@ def test_a_zero_page_replaces_what_was_held_of_it_and_old_pages_only() -> None:
 
 actions = st.lists(
     st.tuples(
-        st.integers(0, 9), st.integers(0, 5), st.sampled_from(["page", "page", "page", "zero", "sync", "grow", "shrink"])
+        st.integers(0, 9), st.integers(0, 8), st.sampled_from(["page", "page", "page", "zero", "sync", "grow", "shrink"])
     ),
     max_size=120,
 )
@@ -136,6 +136,7 @@ def test_the_destination_ends_with_the_source_memory_whatever_happens(
     rng = random.Random(seed)
     contents = [rng.randbytes(PAGE), bytes(PAGE)]
     contents += [contents[0][:i] + b"zz" + contents[0][i + 2 :] for i in (0, 100, 4094)] + [rng.randbytes(PAGE)]
+    contents += [bytes(i) + contents[0][i : i + 200] + bytes(PAGE - i - 200) for i in (0, 640, 3896)]
     cache, generation, destination = PageCache(4 * PAGE), 2, {page: bytes(PAGE) for page in range(10)}
     for page, version, action in several:
         content = contents[version]
