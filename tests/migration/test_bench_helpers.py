@@ -23,7 +23,6 @@ from tools.benchlib.process import cpu_seconds, forget_peak, guest_resident, pea
 from tools.benchlib.report import BARE_SOCKET, ratios, table
 from tools.benchlib.workloads import WORKLOADS, Workload
 
-EVERY_RUN = [workload for workload in WORKLOADS if not workload.only_asked_for]
 MEASURED = [each for each in WORKLOADS if each.name in ("dirtying", "multifd-zstd")]
 
 
@@ -106,7 +105,7 @@ def test_what_is_no_former_run_is_refused(
     assert "is nothing that --json wrote" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workload", EVERY_RUN, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 @pytest.mark.parametrize("cpus", [1, 4])
 def test_guest_of_a_workload_stays_inside_memory(workload: Workload, cpus: int) -> None:
     guest = workload.guest(256 * MIB, cpus)

@@ -115,8 +115,9 @@ class Bench:
             directory = Path(tempfile.mkdtemp(prefix="qemumig-bench-", dir=self.files))
             owned.callback(shutil.rmtree, directory, ignore_errors=True)
         image = directory / "guest.bin"
-        image.write_bytes(workload.guest(self.memory, self.cpus).image())
-        return MachineShape(self.memory, self.cpus, image)
+        cpus = max(self.cpus, workload.least_cpus)
+        image.write_bytes(workload.guest(self.memory, cpus).image())
+        return MachineShape(self.memory, cpus, image)
 
     def _start(self, owned: ExitStack, contestant: Contestant, workload: Workload) -> Vmm:
         """The source, with its guest running or stopped."""
