@@ -10,6 +10,7 @@ cdef extern from *:
     int popcount "__builtin_popcountll"(unsigned long long word) noexcept nogil
     int trailing_zeros "__builtin_ctzll"(unsigned long long word) noexcept nogil
     uint64_t atomic_load "__atomic_load_n"(const uint64_t *word, int order) noexcept nogil
+    void atomic_store "__atomic_store_n"(uint64_t *word, uint64_t value, int order) noexcept nogil
     uint64_t atomic_fetch_or "__atomic_fetch_or"(uint64_t *word, uint64_t value, int order) noexcept nogil
     uint64_t atomic_fetch_and "__atomic_fetch_and"(uint64_t *word, uint64_t value, int order) noexcept nogil
     uint64_t atomic_fetch_add "__atomic_fetch_add"(uint64_t *word, uint64_t value, int order) noexcept nogil

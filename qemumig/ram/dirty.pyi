@@ -28,6 +28,16 @@ class DirtyPages:
         """Fetch the machine's log into the bitmaps; returns how many pages are newly dirty."""
     def visit_chunk(self, block_index: int, page: int) -> None:
         """Protect the chunk around *page* again, and learn which of its pages exist at all."""
+    def look_ahead(self, block_index: int, page: int) -> None:
+        """What `visit_chunk` would do, before the sender comes there; then look which of the pages are zero.
+
+        For another thread than the one that sends, which is not kept waiting for longer than a look at 64 pages or a
+        call to the kernel takes.
+        """
+    def unknown_pages(self, block_index: int, page: int) -> int:
+        """How many pages of the chunk around *page* must be sent and exist, and were not looked at."""
+    def next_chunk(self, block_index: int, page: int) -> int | None:
+        """The first dirty page behind the chunk around *page*, None when the block has no more."""
     def visit_if_new(self, block_index: int, page: int) -> None:
         """`visit_chunk`, unless that was done since the last sync."""
     def close(self) -> None:

@@ -22,6 +22,7 @@ from .block import RAMBlock
 from .cache import PageCache
 from .dirty import DirtyPages
 from .save import PageSender
+from .scout import Scout
 
 IDSTR = "ram"
 INSTANCE_ID = 0
@@ -65,6 +66,7 @@ class RamSource:
         self.cache = new_cache(options.parameter(CACHE_SIZE)) if options.capability("xbzrle") else None
         self.dirty = DirtyPages(self.blocks, log, options.migration_property("x-clear-bitmap-shift"))
         self.sender: Sender = self._new_sender()
+        self._scout: Scout | None = None
         self._refused_size = 0  # of a cache for which there was no memory
         self.total = sum(block.used_length for block in self.blocks)
 
@@ -175,6 +177,20 @@ class RamSource:
             self.cache.resize(size)
         except MemoryError:
             self._refused_size = size
+
+    def start_scout(self) -> None:
+        """Let a thread go ahead of the one that sends: there is a core for it."""
+        assert isinstance(self.sender, PageSender)
+        self._scout = Scout(self.dirty)
+        self.sender.tell(self._scout)
+
+    def end_scout(self) -> None:
+        """Nobody goes ahead any more, if anybody did."""
+        if self._scout is not None:
+            assert isinstance(self.sender, PageSender)
+            self.sender.tell(None)
+            self._scout.close()
+            self._scout = None
 
     def close(self) -> None:
         """Give the descriptors back; the figures stay."""

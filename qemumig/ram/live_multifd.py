@@ -76,6 +76,9 @@ class MultifdRamSource(RamSource):
     def missed_zero_copy(self) -> int:
         return self._senders.missed_zero_copy
 
+    def start_scout(self) -> None:
+        """None: the channels look for zeroes."""
+
     def write_rest(self) -> None:
         super().write_rest()
         self._senders.dispatch.drain()  # nothing may be in doubt when the devices follow

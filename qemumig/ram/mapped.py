@@ -186,6 +186,9 @@ class MappedRamSource(RamSource):
     def _new_sender(self) -> Sender:
         return MappedSender(self.dirty, self._regions, self._files)
 
+    def start_scout(self) -> None:
+        """None: threads look for zeroes in ranges of their own."""
+
     @property
     def sent_bytes(self) -> int:
         return self._out.offset + self.sender.normal_pages * TARGET_PAGE_SIZE

@@ -17,6 +17,7 @@ cdef class PageSender:
     cdef const uint8_t *name_table[256]
     cdef size_t name_length[256]
     cdef uint64_t first_page[256]     # of the block, when the pages of all blocks are numbered through
+    cdef object scout                 # who goes ahead, or None
     cdef PageCache cache              # None: pages go out whole
     cdef int compress_level           # −1: pages are not compressed
     cdef public bint last_stage       # the guest is stopped: nothing enters the cache any more
@@ -30,8 +31,9 @@ cdef class PageSender:
     cdef bint encodes(self) noexcept nogil
     cdef uint64_t page_number(self) noexcept nogil
     cdef int send_page(self) noexcept nogil
+    cdef bint is_zero_page(self, uint64_t page) noexcept nogil
     cdef int send_zero(self) noexcept nogil
-    cdef uint64_t send_absent(self, uint64_t limit) noexcept nogil
+    cdef uint64_t send_zeroes(self, uint64_t limit) noexcept nogil
     cdef int send_whole(self, const uint8_t *page) noexcept nogil
     cdef int send_compressed(self, const uint8_t *page) noexcept nogil
     cdef int send_encoded(self, const uint8_t *page) noexcept nogil

@@ -15,8 +15,8 @@ copy.  From then on each page passes through the cache, so that the cache knows 
 the stream refers to must have left before the next sync lets the cache replace them.
 
 Threads   the migration thread; no GIL inside.
-Holds     (1) a page's dirty bit is cleared before its bytes are looked at; they are read again when the list is
-              flushed, so what leaves is never older than the bit
+Holds     (1) a page is protected before its bytes are looked at, by its chunk's visit; they are read again when the list
+              is flushed, so what leaves is never older than that
           (2) the block that CONTINUE refers to is the one of the last record on this stream
           (3) no page goes past the cache once the first round is over
 """
@@ -37,7 +37,7 @@ from ..wire.format cimport (
     TARGET_PAGE_SIZE,
 )
 from ..wire.stream cimport STREAM_OK, OutputStream, put_be16, put_be32, put_be64
-from .bitmap cimport clear_bit, test_bit
+from .bitmap cimport clear_bit, test_bit, test_bit_shared
 from .cache cimport SEND_DELTA, SEND_NOTHING, PageCache, Verdict
 from .dirty cimport DirtyPages, PageBlock
 from .search cimport next_dirty_page
@@ -54,7 +54,7 @@ cdef enum:
     DATA_HEAD = 4                 # what follows the head of a COMPRESS_PAGE record: length
     DELTA_HEAD = 3                # what follows the head of an XBZRLE record: encoding, length
     ZERO_RECORD = 9               # head without a name, fill byte
-    ABSENT_AT_ONCE = 256          # records of pages that do not exist, put in one piece
+    ZEROES_AT_ONCE = 256          # records of zero pages, put in one piece
 
 
 cdef class PageSender:
@@ -85,6 +85,10 @@ cdef class PageSender:
     def encode_with(self, PageCache cache):
         """From the second round on send deltas by *cache*; None: pages go out whole from now on; see save.pyi."""
         self.cache = cache
+
+    def tell(self, scout):
+        """Let *scout*, or nobody, know of each chunk that is entered; see save.pyi."""
+        self.scout = scout
 
     def compress_at(self, int level):
         """Send pages as zlib streams of their own; see save.pyi."""
@@ -120,7 +124,7 @@ cdef class PageSender:
     cdef int send_page(self) noexcept nogil:
         """Send the page at the walk's position, whose dirty bit is clear already."""
         cdef const uint8_t *page = self.dirty.table[self.walk.block].host + self.walk.page * TARGET_PAGE_SIZE
-        if not test_bit(self.dirty.table[self.walk.block].populated, self.walk.page) or is_zero(page, TARGET_PAGE_SIZE):
+        if self.is_zero_page(self.walk.page):
             return self.send_zero()
         if self.encodes():
             return self.send_encoded(page)
@@ -128,6 +132,15 @@ cdef class PageSender:
         if self.compress_level >= 0 and self.walk.block == self.last_block:
             return self.send_compressed(page)
         return self.send_whole(page)
+
+    cdef bint is_zero_page(self, uint64_t page) noexcept nogil:
+        """Whether that page of the block at hand is zero; it is looked at unless that was done."""
+        cdef PageBlock *block = &self.dirty.table[self.walk.block]
+        if not test_bit_shared(block.populated, page):
+            return True
+        if test_bit_shared(block.looked_at, page):
+            return False
+        return is_zero(block.host + page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE)
 
     cdef int send_zero(self) noexcept nogil:
         cdef uint8_t head[LONGEST_HEAD + 1]
@@ -138,19 +151,19 @@ cdef class PageSender:
         self.zero_pages += 1
         return self.out.put(head, length + 1)
 
-    cdef uint64_t send_absent(self, uint64_t limit) noexcept nogil:
-        """Send the dirty pages from the walk's position on that do not exist, at most *limit*; how many, 0 where none is.
+    cdef uint64_t send_zeroes(self, uint64_t limit) noexcept nogil:
+        """Send the run of zero pages at the walk's position, at most *limit*; how many, 0 where there is none.
 
         Their records go in one piece: much of a guest is memory that nobody has touched.
         """
-        cdef uint8_t records[ABSENT_AT_ONCE * ZERO_RECORD]
+        cdef uint8_t records[ZEROES_AT_ONCE * ZERO_RECORD]
         cdef PageBlock *block = &self.dirty.table[self.walk.block]
         cdef uint64_t chunk_end = (self.walk.page >> self.dirty.chunk_shift) + 1 << self.dirty.chunk_shift
-        cdef uint64_t page = self.walk.page, end = min(page + min(limit, ABSENT_AT_ONCE), min(chunk_end, block.pages))
+        cdef uint64_t page = self.walk.page, end = min(page + min(limit, ZEROES_AT_ONCE), min(chunk_end, block.pages))
         cdef size_t length = 0
         if self.walk.block != self.last_block or self.encodes():
             return 0
-        while page < end and test_bit(block.dirty, page) and not test_bit(block.populated, page):
+        while page < end and test_bit(block.dirty, page) and self.is_zero_page(page):
             clear_bit(block.dirty, page)
             put_be64(records + length, page * TARGET_PAGE_SIZE | RAM_SAVE_FLAG_ZERO | RAM_SAVE_FLAG_CONTINUE)
             records[length + 8] = 0
@@ -212,7 +225,7 @@ cdef class PageSender:
             block = &self.dirty.table[self.walk.block]
             if test_bit(block.unvisited, self.walk.page >> self.dirty.chunk_shift):
                 return SAVE_VISIT
-            count = self.send_absent(page_limit - sent)
+            count = self.send_zeroes(page_limit - sent)
             if count == 0:
                 count = 1
                 clear_bit(block.dirty, self.walk.page)
@@ -241,6 +254,8 @@ cdef class PageSender:
                 status = self.send_some(last_offset - self.sent_bytes(), page_limit - sent)
             if status == SAVE_VISIT:
                 self.dirty.visit_chunk(self.walk.block, self.walk.page)
+                if self.scout is not None:
+                    self.scout.follow(self.walk.block, self.walk.page)
             elif status == SAVE_FAILED:
                 self.raise_failure()
             else:

@@ -44,7 +44,7 @@ cdef class MultifdPageSender(PageSender):
     cdef uint64_t sent_bytes(self) noexcept nogil:
         return self.out.offset + self.queued_bytes
 
-    cdef uint64_t send_absent(self, uint64_t limit) noexcept nogil:
+    cdef uint64_t send_zeroes(self, uint64_t limit) noexcept nogil:
         """None in one piece: the channels are told of each."""
         return 0
 

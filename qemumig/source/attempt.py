@@ -21,6 +21,7 @@ Fields    set before start: machine, options, address · under the lock: _cancel
 from __future__ import annotations
 
 import errno
+import os
 import select
 import threading
 import time
@@ -314,8 +315,22 @@ class Attempt:
         """Whether the guest is to move before its memory has."""
         return False
 
+    def _has_free_core(self) -> bool:
+        """Whether neither this thread nor a vCPU has a use for one of the cores."""
+        busy = 1 + (len(self.machine.vcpu_thread_ids()) if self.machine.runstate is RunState.RUNNING else 0)
+        return len(os.sched_getaffinity(0)) > busy
+
     def _send_rounds(self) -> None:
         """Send PARTs until what is left can be sent while the guest stands still."""
+        assert self.ram is not None
+        if self._has_free_core():
+            self.ram.start_scout()
+        try:
+            self._send_parts()
+        finally:
+            self.ram.end_scout()
+
+    def _send_parts(self) -> None:
         assert self.writer is not None and self.ram is not None
         rule = SwitchoverRule()
         while not self._wants_postcopy():

@@ -117,7 +117,9 @@ class Bench:
         image = directory / "guest.bin"
         cpus = max(self.cpus, workload.least_cpus)
         image.write_bytes(workload.guest(self.memory, cpus).image())
-        return MachineShape(self.memory, cpus, image)
+        backend = f"memory-backend-ram,id=ram,size={self.memory},prealloc=on"
+        extra = ("-object", backend, "-machine", "memory-backend=ram") if workload.prealloc else ()
+        return MachineShape(self.memory, cpus, image, extra)
 
     def _start(self, owned: ExitStack, contestant: Contestant, workload: Workload) -> Vmm:
         """The source, with its guest running or stopped."""

@@ -25,6 +25,7 @@ class Workload:
     data_bound: bool = True  # the link or file takes the memory itself, so a bare one can be compared
     deltas: bool = False  # XBZRLE: what is measured is pages found in the cache per CPU second of the source
     least_cpus: int = 1
+    prealloc: bool = False  # all of guest memory exists from the start, on both sides
     sockets: int = 1  # that many bare ones are the limit; of a file: threads
     file: str = ""  # "save" or "restore": memory goes through a file, and this half of it is measured
     capabilities: tuple[str, ...] = ()
@@ -64,6 +65,11 @@ WORKLOADS = (
     Workload("random-idle", "random memory, guest stopped", FILL_RANDOM, running=False),
     Workload("random-busy", "random memory, guest runs and writes 64 KiB", FILL_RANDOM, running=True),
     Workload("zero-idle", "zero memory, guest stopped", FILL_NOTHING, running=False, data_bound=False),
+    Workload(
+        *("zero-prealloc", "zero memory that was allocated beforehand, guest stopped", FILL_NOTHING, False),
+        data_bound=False,
+        prealloc=True,
+    ),
     Workload("dirtying", "guest rewrites 32 MiB without pause", FILL_HALF_RANDOM, running=True, dirty=32 * MIB),
     # the cache of 64 MiB has a slot for every page, and rounds last because the limit is low; still, a guest that has no
     # core to itself might write nothing for a whole round, and get away: one of several vCPUs always runs
