@@ -4,6 +4,7 @@
     bitmap    words and bits: one bit a target page
     dirty     bitmap sync: the hypervisor's log into the migration bitmap
     populated which pages exist at all: the others are zero
+    scout     goes ahead of the walk where a core is free: protects, and finds zero pages
     save      the walk over the bitmap: one page after the other into the stream, by reference
     cache     what the destination has of a page, and how the page goes out because of it
     landing   where pages go at the destination, and which have come
@@ -15,8 +16,7 @@
 
 Truths that cross rooms:
 
- 1. A page's dirty bit is cleared, and its chunk protected again, *before* its bytes are read; a write in between
-    makes it dirty again.
+ 1. The chunk of a page is protected again *before* its bytes are read; a write in between makes it dirty again.
  2. Two versions of one page never fly on two channels without a sync between them.
  3. Guest pages never become Python objects: they go from guest RAM to the socket by `writev` and from the socket to
     guest RAM by `readv`, without the GIL.

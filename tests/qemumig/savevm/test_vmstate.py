@@ -332,7 +332,7 @@ def _shape(value: Any) -> Any:
     return [None if one is None else 0 for one in value] if is_array else None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(states())
 def test_what_was_saved_loads_again(drawn: Drawn) -> None:
     data, _ = drawn.vmstate.save(drawn.record)
@@ -341,7 +341,7 @@ def test_what_was_saved_loads_again(drawn: Drawn) -> None:
     assert reader.remaining == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(states())
 def test_the_description_accounts_for_every_byte(drawn: Drawn) -> None:
     data, description = drawn.vmstate.save(drawn.record)
@@ -351,7 +351,7 @@ def test_the_description_accounts_for_every_byte(drawn: Drawn) -> None:
     assert json.loads(text)["page_size"] == 4096
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(states(), st.data())
 def test_damage_is_either_refused_or_a_whole_record(drawn: Drawn, data: st.DataObject) -> None:
     saved = bytearray(drawn.vmstate.save(drawn.record)[0])

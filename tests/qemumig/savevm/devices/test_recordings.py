@@ -242,7 +242,7 @@ def test_a_refusal_names_section_instance_field_and_offset() -> None:
     assert str(caught.value).startswith("section 'cpu' instance 1, field env.segs[3].base: stream ends inside")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(_distinct_sections()), st.data())
 def test_a_damaged_section_is_refused_or_becomes_a_whole_record(
     section: recorded.RecordedSection, data: st.DataObject
