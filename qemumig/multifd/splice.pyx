@@ -42,9 +42,6 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
 
-cdef enum:
-    PIPE_SIZE = (MULTIFD_PACKET_PAGES + 1) * TARGET_PAGE_SIZE  # a packet: a slot for each page, one for the header
-
 
 cdef class Splice:
     """Sends memory by reference; see splice.pyi."""
@@ -59,7 +56,8 @@ cdef class Splice:
                 f"no pipe for {channel.kind} '{channel.name}': {error.strerror}", channel=channel.name, errno=error.errno
             ) from error
         self.is_open = True
-        fcntl(self.pipe_in, F_SETPIPE_SZ, <int> PIPE_SIZE)  # refused where pipes are many: then packets go in pieces
+        # a packet: a slot for each page, one for the header; refused where pipes are many: then packets go in pieces
+        fcntl(self.pipe_in, F_SETPIPE_SZ, <int> (MULTIFD_PACKET_PAGES + 1) * <int> TARGET_PAGE_SIZE)
 
     def __dealloc__(self):
         self.close()
