@@ -13,7 +13,7 @@ clear of the same range then clears nothing, where it would have lost a write.
 
 Marks are handed out once, by the next fetch.
 
-Threads   One thread starts, fetches, clears and stops.  Any thread marks.
+Threads   One thread at a time starts, fetches, clears and stops; clears may come from another than the rest.  Any marks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class MachineDirtyLog:
         self.manual_clear = log.manual
         self._log = log
         self._is_running = is_running
-        # Touched by the thread that logs only.
+        # Touched by whoever starts, fetches, clears or stops.
         self._slots: dict[str, list[_SlotLog]] = {}
         for slot in slots:
             self._slots.setdefault(slot.block.idstr, []).append(_SlotLog(log, slot))

@@ -331,6 +331,7 @@ class Attempt:
             self.ram.end_scout()
 
     def _send_parts(self) -> None:
+        """Send PARTs until it is time to stop the guest, or to move it before its memory."""
         assert self.writer is not None and self.ram is not None
         rule = SwitchoverRule()
         while not self._wants_postcopy():
