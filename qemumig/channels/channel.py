@@ -7,10 +7,12 @@ Threads   the thread that owns the channel reads, writes and closes it.  `shutdo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import stat
+import termios
 import threading
 from collections.abc import Mapping
 
@@ -51,6 +53,13 @@ def has_hung_up(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def has_unread(fd: int) -> bool:
+    """Whether something lies in a socket that nobody has read yet."""
+    count = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return any(count)
 
 
 TCP_CLOSE = 7  # a state of TCP_INFO; a connection that the peer has closed in order is in another

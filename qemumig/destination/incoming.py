@@ -167,7 +167,7 @@ class IncomingMigration:
         try:
             self._take_guest()
         except MigrationCancelled as error:
-            self._fail(self._receivers_error() or error)
+            self._fail(self._error_beside() or error)
         except (StreamError, ChannelError) as error:
             self._fail(self._explained(error))
         except MigrationError as error:
@@ -207,7 +207,7 @@ class IncomingMigration:
             hold_events=self._hold,
         )
         if not self._options.capability("postcopy-preempt") and not arrivals.channels:
-            self._listener.close()
+            self._turn_away_others()
         self._states.advance(MigrationStatus.SETUP, MigrationStatus.ACTIVE)
         loader = self._loader = StreamLoader(
             self._machine,
@@ -236,6 +236,14 @@ class IncomingMigration:
             self._start(loader.runstate, told)
             self._states.advance(MigrationStatus.ACTIVE, MigrationStatus.COMPLETED)
         self._standstill.close()
+
+    def _turn_away_others(self) -> None:
+        """The main channel is all that there is to be."""
+        assert self._arrivals is not None and self._listener is not None and self._quit is not None
+        if not self._listener.takes_more or self._options.capability("postcopy-ram"):  # then no 7.2 has multifd
+            self._listener.close()
+            return
+        self._arrivals.turn_away(self._quit.set)
 
     def _hold(self) -> None:
         """All processors are for the guest that stands still, until it has started: nobody is told anything meanwhile."""
@@ -309,11 +317,24 @@ class IncomingMigration:
 
     def _end_packets(self) -> None:
         """All that comes by channels of multifd is here: raises what one failed of, or has left unsynced."""
-        if self._loader is not None and self._loader.receivers is not None and self._arrivals is not None:
+        if self._arrivals is None or self._loader is None:
+            return
+        if self._arrivals.is_watched or self._loader.receivers is not None:
             self._arrivals.check_surplus()
+        if self._loader.receivers is not None:
             self._loader.receivers.complete()
+        if not self._options.capability("postcopy-preempt"):  # whose channel may still come
+            self._stop_listening()
 
-    def _receivers_error(self) -> MigrationError | None:
+    def _stop_listening(self) -> None:
+        """Before it is told that this has ended: the address is free for another then."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _error_beside(self) -> MigrationError | None:
+        """Why the load was told to end, if it was by one of the threads that belong to it."""
+        if self._arrivals is not None and (mismatch := self._arrivals.mismatch()) is not None:
+            return mismatch
         receivers = self._loader.receivers if self._loader is not None else None
         return receivers.error if receivers is not None else None
 
@@ -388,11 +409,25 @@ class IncomingMigration:
 
     def _explained(self, error: StreamError | ChannelError) -> MigrationError:
         """*error*, and what it may mean when the source was gone before it had sent any contents."""
+        if (mismatch := self._mismatch()) is not None:
+            return mismatch
         if getattr(error, "remedy", "") or self._channel is None or self._loader is None or self._loader.has_contents:
             return error
         if self._channel.kind != "socket" or not has_hung_up(self._channel.read_fd):
             return error
         return StreamError(str(error), offset=getattr(error, "offset", None), remedy=remedies.for_early_end())
+
+    def _mismatch(self) -> MigrationError | None:
+        """Why a source may have gone that has opened channels which it should not have; nobody looks out after that."""
+        if self._arrivals is None or not self._arrivals.is_watched:
+            return None
+        try:
+            self._arrivals.check_surplus()
+        except StreamError as mismatch:
+            return mismatch
+        except (ChannelError, MigrationCancelled):
+            pass  # nothing that would explain it
+        return None
 
     def _fail(self, error: MigrationError) -> None:
         self.error = error
@@ -404,6 +439,7 @@ class IncomingMigration:
             with suppress(ChannelError, MigrationCancelled):  # the end of the connection says the same
                 self._answer(commands.Shut(1))
         self._stop_receivers()
+        self._stop_listening()
         self._machine.discard_ram()
         self._states.advance_from_any(MigrationStatus.FAILED)
 
@@ -416,9 +452,8 @@ class IncomingMigration:
             self._postcopy.close()
             self._postcopy = None
         self._loader = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self._stop_listening()
+        self._listener = None
         if self._channel is not None:
             self._channel.close()
             self._channel = None

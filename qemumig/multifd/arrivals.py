@@ -4,11 +4,16 @@
     0x11223344    an init packet: channel N of multifd
     else          somebody who has lost the way: costs its own connection
 
+Where there is to be no channel of multifd, a source that has them all the same is not refused them at once: a QEMU 7.2
+dies of that, at times, by SIGSEGV, and its guest with it.  It fails in good order when they are dropped.
+
 A source opens all its channels before it writes the first byte of the main one, or shortly after (7.2).  So when that
 byte is there and a channel is still missing after a while, it will not come: the other side has fewer.  That it has more
 shows in a channel too many, which is looked out for until the load is complete: pages that went there would be missing.
+A small guest may have been sent, and its source be gone, before a slow tunnel has opened all connections here: what lies
+in those that have ended is read like any other.
 
-Threads   `gather` in the loading thread; then `mig/dst/surplus` until `stop`.
+Threads   `gather` in the loading thread; then `mig/dst/surplus` until `end_watch`.
 """
 
 from __future__ import annotations
@@ -20,10 +25,11 @@ import time
 from collections.abc import Callable
 
 from .. import trace
-from ..channels.channel import Channel, QuitEvent, has_hung_up
+from ..channels.channel import Channel, QuitEvent, has_hung_up, has_unread
 from ..channels.connect import Listener
 from ..errors import ChannelError, MigrationCancelled, MigrationError, OptionError, StreamError
 from ..options import MigrationOptions
+from ..savevm import remedies
 from ..threads import start_thread
 from ..wire.format import MULTIFD_INIT_SIZE, MULTIFD_MAGIC, QEMU_VM_FILE_MAGIC
 from ..wire.stream import InputStream
@@ -34,6 +40,8 @@ MULTIFD = MULTIFD_MAGIC.to_bytes(4, "big")
 NO_UUID = bytes(16)
 MOST_SILENT = 32  # connections that have not said what they are; one more pushes the oldest out
 LATE_S = 10.0  # how long a channel may be missing when the main one has spoken
+EXTRA_S = 1.0  # how long a source that must not have any channels may still open them
+GONE_S = 2.0  # and when the source has gone: by a tunnel, each of its connections takes its own time
 
 EQUAL = "parameter 'multifd-channels' must be equal on both sides"
 
@@ -49,7 +57,10 @@ class Arrivals:
         self._options = options
         self._uuid = uuid or NO_UUID
         self._silent: dict[Channel, bytearray] = {}  # and what they have said so far
+        self._ended: set[int] = set()  # channels of multifd that have ended and left something to be read
         self._last_s = 0.0  # when somebody who belongs here came
+        self._gone_s: float | None = None  # when the source was seen to have gone, the main channel being there
+        self._unwanted = False  # the source has opened one of multifd, and there are to be none
         self._stop: QuitEvent | None = None
         self._thread: threading.Thread | None = None
 
@@ -83,11 +94,15 @@ class Arrivals:
         return self.main is not None and len(self.channels) >= self.expected
 
     def _patience_ms(self) -> int | None:
-        """How long to wait for the next one; ChannelError when that was long enough."""
+        """How long to wait for the next one; StreamError or ChannelError when that was long enough."""
         if self.main is None:
             return None
-        left = self._last_s + LATE_S - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if self._gone_s is not None:
+            if (left := self._gone_s + GONE_S - now) <= 0:
+                missing = self.expected - len(self.channels)
+                raise StreamError(f"the source has gone while {missing} of {self.expected} multifd channels were missing")
+        elif (left := self._last_s + LATE_S - now) <= 0:
             raise ChannelError(
                 f"the source has opened {len(self.channels)} multifd channels, this side waits for {self.expected}: {EQUAL}"
             )
@@ -98,24 +113,40 @@ class Arrivals:
         main = [self.main] if self.main is not None else []
         return main + [stream.channel for stream in self.channels.values()]
 
+    def _who_may_leave(self) -> list[int]:
+        """The descriptors of those who have not left yet."""
+        ended = {self.channels[number].channel for number in self._ended}
+        return [channel.read_fd for channel in self._present() if channel not in ended]
+
     def _let_go(self) -> None:
-        """Forget the channels of a source that has left again; StreamError when it had begun to send."""
-        if not any(has_hung_up(channel.read_fd) for channel in self._present()):
+        """Forget the channels of a source that has left again; where it had begun to send, note that it has gone.
+
+        It may have sent all that it had: what is missing then is still on its way, even the main channel.
+        """
+        if self._gone_s is not None or not any(has_hung_up(channel.read_fd) for channel in self._present()):
             return
         if self.main is not None and self.expected:
-            missing = self.expected - len(self.channels)
-            raise StreamError(f"the source has gone while {missing} of {self.expected} multifd channels were missing")
+            self._gone_s = time.monotonic()
+            return
         for number, stream in list(self.channels.items()):
-            if has_hung_up(stream.channel.read_fd):
-                print(f"migration: multifd channel {number} has gone before there was a main one", file=sys.stderr)
-                stream.channel.close()
-                del self.channels[number]
+            if not has_hung_up(stream.channel.read_fd):
+                continue
+            if has_unread(stream.channel.read_fd):
+                self._ended.add(number)
+            else:
+                self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """A channel of a source that has left again."""
+        print(f"migration: multifd channel {number} has gone before there was a main one", file=sys.stderr)
+        self.channels.pop(number).channel.close()
+        self._ended.discard(number)
 
     def _step(self, timeout_ms: int | None = None) -> bool:
         """Wait for the next thing to happen; whether it was a connection."""
         events = {channel.read_fd: select.POLLIN for channel in self._silent}
-        if self._stop is None and self.expected and not self._more_are_coming():
-            events |= {channel.read_fd: select.POLLRDHUP for channel in self._present()}  # who may leave again
+        if self._stop is None and self.expected and self._gone_s is None and not self._more_are_coming():
+            events |= dict.fromkeys(self._who_may_leave(), select.POLLRDHUP)
         if self._stop is not None:
             events[self._stop.fd] = select.POLLIN
         channel = self._listener.accept_among(events, timeout_ms)
@@ -151,7 +182,10 @@ class Arrivals:
         self._settle(channel, bytes(said))
 
     def _settle(self, channel: Channel, said: bytes) -> None:
-        if said.startswith(MULTIFD):
+        if said.startswith(MULTIFD) and not self.expected:
+            self._unwanted = True
+            self._drop(channel, "it is a channel of multifd, which is off here")
+        elif said.startswith(MULTIFD):
             self._take_channel(channel, said)
         elif said != MAIN:
             self._drop(channel, f"it begins with {said.hex()}, neither a stream nor a channel of multifd")
@@ -178,14 +212,26 @@ class Arrivals:
             raise StreamError(
                 f"the source has a multifd channel {channel_id}, this side has {self.expected} of them: {EQUAL}"
             )
-        if self._stop is None and channel_id in self.channels:  # one that has left again makes room for its successor
-            self._let_go()
+        if self._stop is None and channel_id in self.channels:
+            self._make_room(channel_id)
         if channel_id in self.channels:
             raise StreamError(f"multifd channel {channel_id} has come twice")
         del self._silent[channel]
         self.channels[channel_id] = InputStream(channel)
         trace.multifd_recv_new_channel(channel_id)
         self._last_s = time.monotonic()
+
+    def _make_room(self, channel_id: int) -> None:
+        """A channel of a source that has left again gives way to its successor; with all that it left if it left pages."""
+        fd = self.channels[channel_id].channel.read_fd
+        if not has_hung_up(fd):
+            return
+        if not has_unread(fd):
+            self._forget(channel_id)
+        elif self.main is None:
+            for number, stream in list(self.channels.items()):
+                if has_hung_up(stream.channel.read_fd):
+                    self._forget(number)
 
     def _drop(self, channel: Channel, reason: str) -> None:
         print(f"migration: a connection is dropped: {reason}", file=sys.stderr)
@@ -196,13 +242,35 @@ class Arrivals:
 
     def watch(self, on_surplus: Callable[[MigrationError], None]) -> None:
         """Look out for channels too many, in a thread; *on_surplus* is called there with what to say about one."""
-        self._stop = QuitEvent()
+
+        def look_out(stop: QuitEvent) -> None:
+            while not stop.is_set():
+                self._step()
+
+        self._watch(look_out, on_surplus)
+
+    def turn_away(self, on_mismatch: Callable[[], None]) -> None:
+        """Drop, for EXTRA_S, what the source opens beside the main channel; then listen no more.
+
+        In a thread; *on_mismatch* is called there if there is one and the load goes on all the same.
+        """
+        until_s = time.monotonic() + EXTRA_S
+
+        def drop(stop: QuitEvent) -> None:
+            while not stop.is_set() and (left := until_s - time.monotonic()) > 0:
+                self._step(int(left * 1000) + 1)
+            if not stop.is_set():
+                self._listener.close()
+                self._refuse_unwanted()
+
+        self._watch(drop, lambda error: on_mismatch())
+
+    def _watch(self, look_out: Callable[[QuitEvent], None], on_surplus: Callable[[MigrationError], None]) -> None:
+        stop = self._stop = QuitEvent()
 
         def run() -> None:
-            assert self._stop is not None
             try:
-                while not self._stop.is_set():
-                    self._step()
+                look_out(stop)
             except MigrationCancelled:
                 return
             except MigrationError as error:
@@ -210,13 +278,32 @@ class Arrivals:
 
         self._thread = start_thread("mig/dst/surplus", run)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks out, or did for a while."""
+        return self._thread is not None
+
     def check_surplus(self) -> None:
         """The load is complete: raise what there is to say about a channel too many that nobody has looked at yet."""
         self.end_watch()
         while self._step(0):
             pass
+        self._refuse_unwanted()
         if self._silent and self._options.capability("postcopy-preempt"):  # which has come: one was taken for it
             raise StreamError(f"the source has opened a connection too many, of multifd perhaps: {EQUAL}")
+
+    def mismatch(self) -> StreamError | None:
+        """What there is to say of a source that has multifd on where it is off."""
+        if not self._unwanted:
+            return None
+        return StreamError(
+            "capability 'multifd' is on at the source and off here, expected the same",
+            remedy=remedies.for_capability("multifd", on_here=False),
+        )
+
+    def _refuse_unwanted(self) -> None:
+        if (mismatch := self.mismatch()) is not None:
+            raise mismatch
 
     def end_watch(self) -> None:
         """Nobody looks out any more."""

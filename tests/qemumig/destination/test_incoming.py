@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qemumig.channels.address import Address, FileAddress, InetAddress
 from qemumig.destination.incoming import IncomingMigration
 from qemumig.errors import MachineError
 from qemumig.machine import DeviceSection
+from qemumig.multifd.packet import encode_init
 from qemumig.options import MigrationOptions
 from qemumig.qapi import MigrationStatus, RunState
 from qemumig.savevm import sections
@@ -145,3 +147,63 @@ def test_nothing_is_guessed_when_pages_came_or_the_reason_is_plain() -> None:
     page = stream.index(b"a page that is not zero") + 4096
     for data in (REFUSED, stream[:page], b"QEVM" + struct.pack(">I", 3) + b"\7\0\0\0\2pc"):
         assert "multifd" not in told_by_socket(data)
+
+
+MISMATCH = (
+    "capability 'multifd' is on at the source and off here, expected the same; "
+    "say 'migrate_set_capability multifd off' at the source"
+)
+
+
+@pytest.mark.parametrize("how_far", ["it waits", "it leaves", "it sends a whole guest"])
+def test_a_source_with_multifd_is_told_from_one_without(how_far: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """However its main channel goes on: pages that were to go by the others are missing."""
+    stream = small_stream()
+
+    def feed(port: int) -> None:
+        address = ("127.0.0.1", port)
+        with socket.create_connection(address) as main, socket.create_connection(address) as channel:
+            main.sendall(stream[:-1])
+            channel.sendall(encode_init(bytes(16), 0))
+            assert not receive_some(channel)  # it is dropped
+            main.sendall(stream[-1:] if how_far == "it sends a whole guest" else b"")
+            if how_far == "it waits":
+                assert not receive_some(main)
+
+    report = Incoming(FakeMachine(RAM_SIZE, incoming=True)).load(InetAddress("127.0.0.1", "0"), feed)
+    assert report == {"status": "failed", "error-desc": MISMATCH}
+    assert "a connection is dropped: it is a channel of multifd, which is off here" in capsys.readouterr().err
+
+
+def receive_some(sock: socket.socket) -> bytes:
+    """Something, or b"" at the end, however it comes."""
+    sock.settimeout(30)
+    try:
+        return sock.recv(1)
+    except ConnectionResetError:
+        return b""
+
+
+def test_nobody_else_is_let_in_for_long() -> None:
+    """A second guest is refused then, rather than taken and forgotten; the first one is loaded."""
+    stream = small_stream()
+
+    def feed(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as main:
+            main.sendall(stream[:100])
+            with socket.create_connection(("127.0.0.1", port)) as other, suppress(ConnectionError):
+                other.sendall(stream)
+                assert not receive_some(other)
+            wait_for(lambda: is_refused(port), "the end of listening")
+            main.sendall(stream[100:])
+
+    incoming = Incoming(FakeMachine(RAM_SIZE, incoming=True))
+    assert incoming.load(InetAddress("127.0.0.1", "0"), feed)["status"] == "completed"
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,11 +83,77 @@ def test_a_source_may_have_sent_everything_before_it_is_looked_at(directory: Pat
     close(arrivals, main, first, last)
 
 
-def test_a_source_that_has_gone_is_not_waited_for(directory: Path, listener: Listener) -> None:
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_source_may_have_gone_before_all_its_connections_are_there(
+    late: int, directory: Path, listener: Listener
+) -> None:
+    """A tunnel opens them one by one, in its own time; the main one is as late as any other."""
+    arrivals = waiting(listener, 2)
+    words = [MAIN + b"state", encode_init(NO_UUID, 0) + b"pages", encode_init(NO_UUID, 1) + b"pages"]
+    words.append(words.pop(late))
+
+    def source() -> None:
+        for number, said in enumerate(words):
+            time.sleep(0.2 if number == 2 else 0)
+            connection(directory, said).close()
+
+    tunnel = threading.Thread(target=source)
+    tunnel.start()
+    arrivals.gather()
+    tunnel.join()
+    assert [arrivals.channels[number].read(5) for number in (0, 1)] == [b"pages", b"pages"]
+    assert arrivals.stream is not None and arrivals.stream.read(9) == MAIN + b"state"
+    close(arrivals)
+
+
+def test_what_another_source_left_makes_room_for_its_successor(
+    directory: Path, listener: Listener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it, at its successor's first connection: pages of two guests never meet."""
+    arrivals = waiting(listener, 3)
+
+    def sources() -> None:
+        for number in (0, 2):
+            connection(directory, encode_init(NO_UUID, number) + b"wrong").close()
+        time.sleep(0.2)
+        for number in (0, 1, 2):
+            connection(directory, encode_init(NO_UUID, number) + b"right").close()
+        connection(directory, MAIN).close()
+
+    speaking = threading.Thread(target=sources)
+    speaking.start()
+    arrivals.gather()
+    speaking.join()
+    assert [arrivals.channels[number].read(5) for number in range(3)] == [b"right"] * 3
+    assert "multifd channel 2 has gone before there was a main one" in capsys.readouterr().err
+    close(arrivals)
+
+
+def test_who_left_before_it_sent_anything_makes_room_even_when_the_main_channel_is_there(
+    directory: Path, listener: Listener
+) -> None:
+    arrivals = waiting(listener, 2)
+    listener.expect(4)
+    connection(directory, encode_init(NO_UUID, 1)).close()
+    source = [connection(directory, words) for words in (MAIN, *(encode_init(NO_UUID, number) for number in (1, 0)))]
+    arrivals.gather()
+    source[1].sendall(b"pages")
+    assert arrivals.channels[1].read(5) == b"pages"
+    close(arrivals, *source)
+
+
+def test_a_source_that_has_gone_is_not_waited_for_long(
+    directory: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qemumig.multifd.arrivals.GONE_S", 0.2)
     arrivals = waiting(listener, 2)
     listener.expect(2)
     for words in (MAIN, encode_init(NO_UUID, 0)):
         connection(directory, words).close()  # before anybody was let in
+    waits = []
+    accept_among = listener.accept_among
+    monkeypatch.setattr(listener, "accept_among", lambda *words: waits.append(words) or accept_among(*words))
     with pytest.raises(StreamError, match="the source has gone while 1 of 2 multifd channels were missing"):
         arrivals.gather()
+    assert len(waits) < 10  # it sleeps
     close(arrivals)
