@@ -19,6 +19,7 @@ cdef class DirtyPages:
     cdef readonly list bitmaps        # Bitmap of each block
     cdef list chunks                  # Bitmap of each block's unvisited chunks
     cdef list further                 # Bitmaps that only the table refers to
+    cdef object scout                 # who goes ahead, or None
     cdef object lock
     cdef uint64_t is_awaited          # the lock, by the thread that sends
     cdef PageMap page_map

@@ -3,6 +3,7 @@ from collections.abc import Iterable
 from ..machine import DirtyLog
 from .bitmap import Bitmap
 from .block import RAMBlock
+from .scout import Scout
 
 CHUNK_SHIFT: int
 """log2 of the target pages that are protected again at once, unless told otherwise."""
@@ -28,6 +29,8 @@ class DirtyPages:
         """Fetch the machine's log into the bitmaps; returns how many pages are newly dirty."""
     def visit_chunk(self, block_index: int, page: int) -> None:
         """Protect the chunk around *page* again, and learn which of its pages exist at all."""
+    def tell(self, scout: Scout | None) -> None:
+        """Let *scout* know of each chunk that is visited from now on; None: nobody goes ahead."""
     def look_ahead(self, block_index: int, page: int) -> None:
         """What `visit_chunk` would do, before the sender comes there; then look which of the pages are zero.
 

@@ -147,6 +147,12 @@ cdef class DirtyPages:
             finally:
                 self.lock.release()
         chunks.clear(chunk)
+        if self.scout is not None:
+            self.scout.follow(block_index, page)
+
+    def tell(self, scout):
+        """Let *scout*, or nobody, know of each chunk that is visited; see dirty.pyi."""
+        self.scout = scout
 
     def look_ahead(self, int block_index, uint64_t page):
         """Prepare the chunk around *page* and look for zeroes in it; see dirty.pyi."""

@@ -180,15 +180,13 @@ class RamSource:
 
     def start_scout(self) -> None:
         """Let a thread go ahead of the one that sends: there is a core for it."""
-        assert isinstance(self.sender, PageSender)
         self._scout = Scout(self.dirty)
-        self.sender.tell(self._scout)
+        self.dirty.tell(self._scout)
 
     def end_scout(self) -> None:
         """Nobody goes ahead any more, if anybody did."""
         if self._scout is not None:
-            assert isinstance(self.sender, PageSender)
-            self.sender.tell(None)
+            self.dirty.tell(None)
             self._scout.close()
             self._scout = None
 

@@ -17,7 +17,6 @@ cdef class PageSender:
     cdef const uint8_t *name_table[256]
     cdef size_t name_length[256]
     cdef uint64_t first_page[256]     # of the block, when the pages of all blocks are numbered through
-    cdef object scout                 # who goes ahead, or None
     cdef PageCache cache              # None: pages go out whole
     cdef int compress_level           # −1: pages are not compressed
     cdef public bint last_stage       # the guest is stopped: nothing enters the cache any more

@@ -1,7 +1,6 @@
 from ..wire.stream import OutputStream
 from .cache import PageCache
 from .dirty import DirtyPages
-from .scout import Scout
 
 class PageSender:
     """Sends the pages of *dirty* to *out*, in the order of the walk; one a channel.
@@ -22,8 +21,6 @@ class PageSender:
     def __init__(self, dirty: DirtyPages, out: OutputStream) -> None: ...
     def encode_with(self, cache: PageCache | None) -> None:
         """Send pages through *cache* from the second round on; None: send them whole, from now on and for good."""
-    def tell(self, scout: Scout | None) -> None:
-        """Let *scout* know of each chunk that is entered from now on; None: nobody goes ahead."""
     def compress_at(self, level: int) -> None:
         """Send pages as zlib streams of their own, at *level* 0 to 9, where no delta is sent: for QEMU before 9.1, with its
         capability `compress`.  OptionError when the library is missing."""

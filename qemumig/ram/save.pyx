@@ -86,10 +86,6 @@ cdef class PageSender:
         """From the second round on send deltas by *cache*; None: pages go out whole from now on; see save.pyi."""
         self.cache = cache
 
-    def tell(self, scout):
-        """Let *scout*, or nobody, know of each chunk that is entered; see save.pyi."""
-        self.scout = scout
-
     def compress_at(self, int level):
         """Send pages as zlib streams of their own; see save.pyi."""
         if not 0 <= level <= 9:
@@ -254,8 +250,6 @@ cdef class PageSender:
                 status = self.send_some(last_offset - self.sent_bytes(), page_limit - sent)
             if status == SAVE_VISIT:
                 self.dirty.visit_chunk(self.walk.block, self.walk.page)
-                if self.scout is not None:
-                    self.scout.follow(self.walk.block, self.walk.page)
             elif status == SAVE_FAILED:
                 self.raise_failure()
             else:

@@ -171,7 +171,7 @@ def test_a_log_that_fails_fails_the_sender_and_ends_the_scout(monkeypatch: pytes
     scout = Scout(dirty)
     with channel_pair() as (left, _right):
         sender = PageSender(dirty, OutputStream(left))
-        sender.tell(scout)
+        dirty.tell(scout)
         with pytest.raises(MachineError, match="no log any more"):
             sender.send(1 << 30, 1 << 20)
     scout.close()
@@ -199,7 +199,7 @@ def test_nothing_that_a_guest_writes_meanwhile_is_lost(seed: int, monkeypatch: p
         thread, errors = load_in_thread(loader)
         dirty = DirtyPages([source.block], log, CHUNK_SHIFT)
         scout, sender = Scout(dirty), PageSender(dirty, out)
-        sender.tell(scout)
+        dirty.tell(scout)
         guest.start()
         for _ in range(60):
             dirty.sync()
