@@ -14,6 +14,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -252,9 +253,12 @@ def test_requests_end_as_they_do_on_a_real_disk(
     both: tuple[Bench, RealDisk], modern: bool, indirect: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "PATIENCE_S", 0.3)  # for chains that are never used, by neither
-    for name, chain in CHAINS.items():
-        ours, theirs = (outcome(driver.Driver(disk, modern=modern), chain, indirect) for disk in both)
-        assert ours == theirs, f"{name}: {ours}, a real disk: {theirs}"
+    with ThreadPoolExecutor(2) as pool:
+        for name, chain in CHAINS.items():
+            ours, theirs = pool.map(
+                outcome, (driver.Driver(disk, modern=modern) for disk in both), [chain] * 2, [indirect] * 2
+            )
+            assert ours == theirs, f"{name}: {ours}, a real disk: {theirs}"
     both[0].image.flush()
     image = Path(both[0].image.path)
     assert image.read_bytes() == image.with_name("real.img").read_bytes()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,11 @@ def test_postcopy_follows_the_first_round_of_a_guest_that_would_never_converge(s
 
 
 def test_a_guest_that_does_not_converge_is_called_that_and_stays(stage: Stage) -> None:
-    source, _ = pair(stage, qemumig_system(), qemumig_system(), RESTLESS)
-    status, out, err = run(*monitors(stage), *SLOW, "--timeout", "8", "--set", "downtime-limit=10", "tcp:127.0.0.1:0")
+    source, _ = pair(stage, qemumig_system(), qemumig_system(), replace(RESTLESS, dirty_pages=1024))  # some 0.5 s a round
+    status, out, err = run(*monitors(stage), *SLOW, "--timeout", "4", "--set", "downtime-limit=10", "tcp:127.0.0.1:0")
     assert status == 1
     assert "does not converge at this rate" in out
-    assert "not done after 8 s: cancelled" in out
+    assert "not done after 4 s: cancelled" in out
     assert err == "qemumig migrate: the migration was cancelled; the guest is at the source, running\n"
     stage.assert_guest_is_well(source, arrived=False)
 

@@ -50,7 +50,7 @@ def test_what_no_memory_could_take_is_refused(segment, words):
 def test_noise_in_the_headers_is_no_surprise():
     chance = random.Random(5)
     whole = elf_file(SEGMENTS, entry=0x40010000)
-    for _ in range(800):
+    for _ in range(300):
         noisy = bytearray(whole)
         for _ in range(chance.randrange(1, 5)):
             noisy[chance.randrange(len(whole))] = chance.randrange(256)

@@ -234,9 +234,9 @@ def test_many_wakes_from_everywhere_lose_nothing(follow: bool, loops: list[Watch
 
     waker = threading.Thread(target=wake)
     waker.start()
-    message = os.urandom(300)
+    message = os.urandom(100)
     got = b""
-    for turn in range(300):
+    for turn in range(100):
         reading = loops[1 + turn % 2].begin(channel.read(1))
         far.sendall(message[turn : turn + 1])
         got += reading.result(PATIENCE_S)

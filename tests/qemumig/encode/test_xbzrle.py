@@ -35,7 +35,10 @@ def with_bytes(page: bytes, offset: int, content: bytes) -> bytes:
 
 
 def inverted(page: bytes, *offsets: int) -> bytes:
-    return bytes(byte ^ 0xFF if i in offsets else byte for i, byte in enumerate(page))
+    result = bytearray(page)
+    for offset in offsets:
+        result[offset] ^= 0xFF
+    return bytes(result)
 
 
 VECTORS: list[tuple[bytes, bytes, bytes | None]] = [
