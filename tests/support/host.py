@@ -87,5 +87,5 @@ def missing(name: str) -> str:
 def qemumig_system() -> str:
     """The command that starts our own VMM out of this tree."""
     beside = Path(sys.executable).parent / "qemumig-system"
-    start = "import sys; from kvm.main import main; sys.exit(main())"
+    start = "from kvm.main import run; run()"
     return str(beside) if beside.exists() else shlex.join([sys.executable, "-c", start])

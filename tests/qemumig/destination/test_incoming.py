@@ -16,6 +16,7 @@ from qemumig.channels.address import Address, FileAddress, InetAddress
 from qemumig.destination.incoming import IncomingMigration
 from qemumig.errors import MachineError
 from qemumig.machine import DeviceSection
+from qemumig.multifd import arrivals
 from qemumig.multifd.packet import encode_init
 from qemumig.options import MigrationOptions
 from qemumig.qapi import MigrationStatus, RunState
@@ -184,14 +185,15 @@ def receive_some(sock: socket.socket) -> bytes:
         return b""
 
 
-def test_nobody_else_is_let_in_for_long() -> None:
+def test_nobody_else_is_let_in_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second guest is refused then, rather than taken and forgotten; the first one is loaded."""
+    monkeypatch.setattr(arrivals, "EXTRA_S", 0.3)
     stream = small_stream()
 
     def feed(port: int) -> None:
         with socket.create_connection(("127.0.0.1", port)) as main:
             main.sendall(stream[:100])
-            with socket.create_connection(("127.0.0.1", port)) as other, suppress(ConnectionError):
+            with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)) as other:
                 other.sendall(stream)
                 assert not receive_some(other)
             wait_for(lambda: is_refused(port), "the end of listening")
