@@ -40,8 +40,8 @@ MULTIFD = MULTIFD_MAGIC.to_bytes(4, "big")
 NO_UUID = bytes(16)
 MOST_SILENT = 32  # connections that have not said what they are; one more pushes the oldest out
 LATE_S = 10.0  # how long a channel may be missing when the main one has spoken
-EXTRA_S = 1.0  # how long a source that must not have any channels may still open them
 GONE_S = 2.0  # and when the source has gone: by a tunnel, each of its connections takes its own time
+EXTRA_S = 1.0  # how long a source that must not have any channels may still open them
 
 EQUAL = "parameter 'multifd-channels' must be equal on both sides"
 
@@ -119,7 +119,7 @@ class Arrivals:
         return [channel.read_fd for channel in self._present() if channel not in ended]
 
     def _let_go(self) -> None:
-        """Forget the channels of a source that has left again; where it had begun to send, note that it has gone.
+        """Forget the channels of a source that has left again; where the main one is here, note that it has gone.
 
         It may have sent all that it had: what is missing then is still on its way, even the main channel.
         """
