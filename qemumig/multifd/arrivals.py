@@ -183,7 +183,7 @@ class Arrivals:
 
     def _settle(self, channel: Channel, said: bytes) -> None:
         if said.startswith(MULTIFD) and not self.expected:
-            self._unwanted = True
+            self._unwanted = self._unwanted or self._is_of_this_machine(said)
             self._drop(channel, "it is a channel of multifd, which is off here")
         elif said.startswith(MULTIFD):
             self._take_channel(channel, said)
@@ -194,6 +194,12 @@ class Arrivals:
         else:
             del self._silent[channel]
             self._take_main(channel, said)
+
+    def _is_of_this_machine(self, init: bytes) -> bool:
+        try:
+            return decode_init(init)[0] == self._uuid
+        except StreamError:
+            return False
 
     def _take_main(self, channel: Channel, said: bytes) -> None:
         self.main, self.stream = channel, InputStream(channel)
@@ -252,7 +258,7 @@ class Arrivals:
     def turn_away(self, on_mismatch: Callable[[], None]) -> None:
         """Drop, for EXTRA_S, what the source opens beside the main channel; then listen no more.
 
-        In a thread; *on_mismatch* is called there if there is one and the load goes on all the same.
+        In a thread; *on_mismatch* is called there if there was a channel of multifd and the load goes on all the same.
         """
         until_s = time.monotonic() + EXTRA_S
 
@@ -261,9 +267,10 @@ class Arrivals:
                 self._step(int(left * 1000) + 1)
             if not stop.is_set():
                 self._listener.close()
-                self._refuse_unwanted()
+                if self._unwanted:
+                    on_mismatch()
 
-        self._watch(drop, lambda error: on_mismatch())
+        self._watch(drop, lambda error: None)  # of somebody else's connection
 
     def _watch(self, look_out: Callable[[QuitEvent], None], on_surplus: Callable[[MigrationError], None]) -> None:
         stop = self._stop = QuitEvent()
@@ -288,7 +295,8 @@ class Arrivals:
         self.end_watch()
         while self._step(0):
             pass
-        self._refuse_unwanted()
+        if (mismatch := self.mismatch()) is not None:
+            raise mismatch
         if self._silent and self._options.capability("postcopy-preempt"):  # which has come: one was taken for it
             raise StreamError(f"the source has opened a connection too many, of multifd perhaps: {EQUAL}")
 
@@ -300,10 +308,6 @@ class Arrivals:
             "capability 'multifd' is on at the source and off here, expected the same",
             remedy=remedies.for_capability("multifd", on_here=False),
         )
-
-    def _refuse_unwanted(self) -> None:
-        if (mismatch := self.mismatch()) is not None:
-            raise mismatch
 
     def end_watch(self) -> None:
         """Nobody looks out any more."""

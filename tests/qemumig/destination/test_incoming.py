@@ -185,7 +185,15 @@ def receive_some(sock: socket.socket) -> bytes:
         return b""
 
 
-def test_nobody_else_is_let_in_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+STRANGERS = {
+    "another guest": small_stream(),
+    "a channel of another machine": encode_init(b"\1" * 16, 0),
+    "a channel of another version": encode_init(bytes(16), 0)[:7] + b"\2" + bytes(56),
+}
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+def test_nobody_else_is_let_in_for_long(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second guest is refused then, rather than taken and forgotten; the first one is loaded."""
     monkeypatch.setattr(arrivals, "EXTRA_S", 0.3)
     stream = small_stream()
@@ -194,7 +202,7 @@ def test_nobody_else_is_let_in_for_long(monkeypatch: pytest.MonkeyPatch) -> None
         with socket.create_connection(("127.0.0.1", port)) as main:
             main.sendall(stream[:100])
             with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)) as other:
-                other.sendall(stream)
+                other.sendall(STRANGERS[who])
                 assert not receive_some(other)
             wait_for(lambda: is_refused(port), "the end of listening")
             main.sendall(stream[100:])
