@@ -171,6 +171,7 @@ class Breaker(FakePeer):
         read_until(connection, ping(0x10))
         connection.sendall(pong(0x10) + pong(LAST_PONG) + self._answer)
         connection.recv(1 << 20)
+        self.has_last_write.set()
         self.done.wait(10)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
@@ -203,7 +204,7 @@ def test_a_reset_that_the_writer_took_is_no_refusal(answer: str, monkeypatch: py
         peer = Breaker(REFUSALS[answer])
         migrate_to(peer, pair)
         assert heard.wait(10)
-        wait_for(lambda: pair.migration._attempt._committed, "the last write")
+        assert peer.has_last_write.wait(10)
         peer.close()
         wait_for(lambda: not pair.migration.is_running, "the source to end")
         assert pair.migration.status.value == "failed"
@@ -218,7 +219,7 @@ def test_a_yank_after_the_last_byte_says_nothing_of_the_destination() -> None:
     with Pair() as pair:
         peer = FakePeer(b"", close=False)
         migrate_to(peer, pair)
-        wait_for(lambda: pair.migration._attempt is not None and pair.migration._attempt._committed, "the last write")
+        assert peer.has_last_write.wait(10)
         pair.migration.break_connection()
         wait_for(lambda: not pair.migration.is_running, "the source to end")
         peer.close()
@@ -274,8 +275,7 @@ def test_a_cancel_after_the_last_byte_waits_for_the_word() -> None:
     with Pair() as pair:
         peer = FakePeer(b"", close=False)
         migrate_to(peer, pair)
-        wait_for(lambda: pair.migration.status.value == "device", "the switchover")
-        wait_for(lambda: not peer.thread.is_alive() or pair.migration._attempt._committed, "the last write")
+        assert peer.has_last_write.wait(10)
         pair.migration.cancel()
         assert pair.migration.status.value == "cancelling"
         assert pair.running == []

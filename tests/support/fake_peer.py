@@ -36,9 +36,10 @@ class FakePeer:
         self.port = self.listener.getsockname()[1]
         self._answer = answer
         self._close = close
+        self.has_last_write = threading.Event()  # some of it
+        self.done = threading.Event()
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
-        self.done = threading.Event()
 
     def _serve(self) -> None:
         connection, _ = self.listener.accept()
@@ -51,6 +52,7 @@ class FakePeer:
             for ping in (1, 0x10):  # the last one comes behind the last section
                 if data.endswith(commands.encode_command(commands.Ping(ping))):
                     connection.sendall(commands.encode_return_message(commands.Pong(ping)))
+        self.has_last_write.set()
         connection.sendall(self._answer)
         if not self._close:
             self.done.wait(10)
