@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,38 @@ def test_every_channel_is_enciphered(stage: Stage, qemu: str, direction: str) ->
     migrate(source, destination)
     destination.wait_runstate("running")
     stage.assert_guest_is_well(destination)
+
+
+@pytest.mark.parametrize("direction", ["to-ourselves", "from-qemu"])
+def test_a_tunnel_may_deliver_it_all_when_the_source_has_gone(stage: Stage, qemu: str, direction: str) -> None:
+    """Connection by connection, the main one last: the guest is nowhere else by then."""
+    system = qemumig_system() if direction == "to-ourselves" else qemu
+    source = stage.vmm("source", system, guest=GuestParameters(dirty_pages=64, cpus=2), memory=64 * MIB)
+    destination = stage.vmm("destination", qemumig_system(), memory=64 * MIB, incoming=True)
+    use_multifd([source, destination], multifd_channels=3)
+    with_capabilities([source], **{"return-path": False})
+    port = int(listen(destination).rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", 0)) as tunnel, ThreadPoolExecutor(4) as pool:
+        tunnel.settimeout(TIMEOUT)
+        source.command("migrate", uri=f"tcp:127.0.0.1:{tunnel.getsockname()[1]}")
+        said = [pool.submit(all_of, tunnel.accept()[0]) for _ in range(4)]
+        source.wait_runstate("postmigrate")
+        for one in reversed(said):
+            pool.submit(deliver, one.result(TIMEOUT), port)
+            time.sleep(0.2)
+    destination.wait_runstate("running")
+    stage.assert_guest_is_well(destination)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """Everything that comes until it ends."""
+    with connection, connection.makefile("rb") as file:
+        return file.read()
+
+
+def deliver(data: bytes, port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(data)
 
 
 def test_a_qemu_that_waits_for_more_channels_can_be_given_up(stage: Stage, qemu: str) -> None:
