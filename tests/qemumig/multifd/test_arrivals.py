@@ -129,6 +129,22 @@ def test_what_another_source_left_makes_room_for_its_successor(
     close(arrivals)
 
 
+def test_pages_that_another_source_left_never_complete_a_guest(
+    directory: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its successor has no such channel: that one is missing then."""
+    monkeypatch.setattr("qemumig.multifd.arrivals.GONE_S", 0.2)
+    arrivals = waiting(listener, 3)
+    listener.expect(5)
+    for number in (0, 2):
+        connection(directory, encode_init(NO_UUID, number) + b"wrong").close()
+    for words in (encode_init(NO_UUID, 0), encode_init(NO_UUID, 1), MAIN):
+        connection(directory, words + b"right").close()
+    with pytest.raises(StreamError, match="the source has gone while 1 of 3 multifd channels were missing"):
+        arrivals.gather()
+    close(arrivals)
+
+
 def test_who_left_before_it_sent_anything_makes_room_even_when_the_main_channel_is_there(
     directory: Path, listener: Listener
 ) -> None:
